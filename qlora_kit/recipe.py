@@ -1,0 +1,217 @@
+"""The typed recipe: every choice of a run, validated before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Positive = Annotated[int, Field(ge=1)]
+Schema = Literal["text", "prompt_completion", "alpaca", "messages", "sharegpt"]
+
+
+class Section(BaseModel):
+    """Frozen, and refuses keys it does not know: a typo is an error, never a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    name: Name
+    """Folder of the run below `out_dir`."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    """Fixes initialization, data order and dropout: same seed, same bits on one machine."""
+    out_dir: str = "runs"
+    """Where run folders are made."""
+
+
+class BaseSection(Section):
+    model: Annotated[str, Field(min_length=1)]
+    """A hub id, a local folder, or a .gguf file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    quant: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """How the frozen linear layers are stored (bitsandbytes); none keeps 16 or 32 bit."""
+    double_quant: bool = True
+    """Quantize the 4-bit block statistics too (saves 0.37 bits a weight)."""
+    compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Dtype of activations and matrix products; fp16 adds loss scaling."""
+    trust_remote_code: bool = False
+    """Runs Python code from the model's repository. Off unless you read that code."""
+
+
+class AdapterSection(Section):
+    method: Literal["lora"] = "lora"
+    """Low-rank adaptation (Hu et al. 2021)."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Columns of B and rows of A."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The delta is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)."""
+    use_rslora: bool = False
+    """Rank-stabilized scaling (Kalajdzievski 2023)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of A."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Which biases of the base are trained as well."""
+    target_modules: str | list[str] = "all-linear"
+    """`all-linear` (all but the head), a regular expression that matches whole names, or a list of name endings."""
+    modules_to_save: list[str] = []
+    """Modules trained in full and saved with the adapter; a tied head stays tied."""
+    new_tokens: list[str] = []
+    """Tokens added to the vocabulary; embedding and head are then trained and saved."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Storage of the adapter's weights."""
+    keep_precision: bool = True
+    """Keep the low 16 bits of a bf16 weight beside it, so that small updates are not lost (2 bytes a weight)."""
+
+
+class DataSource(Section):
+    path: Annotated[str, Field(min_length=1)]
+    """File (.jsonl .json .csv .parquet), a folder's glob is not expanded; or a `datasets` hub id."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of rows drawn from this source, relative to the others."""
+    split: str = "train"
+    """Split of a hub id."""
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
+    """Row schema; detected from the columns when left out."""
+
+
+class DataSection(Section):
+    train: str | list[DataSource]
+    """One path or hub id, or a list of weighted sources."""
+    eval: str | None = None
+    """Held-out rows; when left out, `eval_fraction` of the training rows is held out."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Share of training rows held out where `eval` is not given."""
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
+    """Row schema of all files; detected when left out."""
+    columns: dict[str, str] = {}
+    """Renames columns of the data: {expected: actual}, for example {prompt: question, completion: answer}."""
+    chat_template: str | None = None
+    """A shipped template (chatml, zephyr, alpaca) or a .jinja file; the tokenizer's own when left out."""
+    system_prompt: str | None = None
+    """Put before rows without a system turn; an empty string suppresses a template's default one."""
+    max_seq_len: Annotated[int, Field(ge=8)] = 1024
+    """Tokens of a row, prompt and completion together."""
+    overlong: Literal["error", "skip", "truncate"] = "skip"
+    """What happens to rows over max_seq_len: stop, leave out and count, or cut the end and count."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What happens to rows that cannot be used: stop at the first, or leave out, count and report."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """Tokens that carry loss: the assistant's turns with their end-of-turn token, or all."""
+    packing: Literal[False] = False
+    """Several rows in one sequence: not available yet."""
+    streaming: bool = False
+    """Read rows as training goes instead of first; needs max_steps."""
+    shuffle_buffer: Positive = 1000
+    """Rows a streamed shuffle draws from."""
+
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _no_packing(cls, value: object) -> object:
+        if value is not False:
+            raise ValueError("packing is not available yet; leave it out, and use micro_batch_size instead")
+        return value
+
+    def sources(self) -> list[DataSource]:
+        """The training sources, a single path being a list of one."""
+        if isinstance(self.train, str):
+            return [DataSource(path=self.train, schema=self.schema_)]
+        return self.train
+
+
+class TrainSection(Section):
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "paged_adamw_8bit"
+    """bitsandbytes' 8-bit and paged AdamW need CUDA; on a CPU torch's AdamW takes their place, and says so."""
+    lr: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """AdamW's moment decays."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up."""
+    micro_batch_size: Positive = 1
+    """Rows of one forward pass on one process."""
+    grad_accum_steps: Positive = 1
+    """Forward passes of one optimizer step."""
+    max_steps: Positive | None = None
+    """Optimizer steps; or give epochs."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows; or give max_steps."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradient clipping by global norm."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+    log_every: Positive = 1
+    """Optimizer steps between lines of metrics.jsonl."""
+    eval_every: Positive | None = None
+    """Optimizer steps between evaluations; only at the end when left out."""
+    eval_batches: Positive | None = None
+    """Batches of one evaluation; all when left out."""
+    save_every: Positive | None = None
+    """Optimizer steps between checkpoints; only at the end when left out."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints kept; the best one is kept beside them."""
+    early_stopping_patience: Positive | None = None
+    """Evaluations without improvement after which training stops."""
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+    """Beside metrics.jsonl, through accelerate."""
+    threads: Positive | None = None
+    """CPU threads; all cores when left out. Part of what makes two runs equal to the bit."""
+
+
+class EvalSection(Section):
+    answer: Literal["none", "choices", "number", "exact"] = "none"
+    """How a row's answer is checked: likeliest of `choices`, last number of the generated text, or exact text."""
+    choices: list[str] = []
+    """Completions to choose from; taken from the training rows when left out."""
+    max_rows: Positive | None = None
+    """Held-out rows scored; all when left out."""
+    batch_size: Positive = 8
+    """Rows of one forward pass."""
+    max_new_tokens: Positive = 128
+    """Length of generated answers."""
+    samples: Annotated[int, Field(ge=0, le=50)] = 3
+    """Answers generated for the report."""
+
+
+class ExportSection(Section):
+    profiles: Annotated[list[Literal["fp32", "int8"]], Field(min_length=1)] = ["fp32", "int8"]
+    """Bundles to write."""
+    merged: bool = True
+    """Keep the merged model as a Hugging Face folder too."""
+    verify_prompts: Annotated[int, Field(ge=1, le=1000)] = 16
+    """Held-out prompts on which a bundle is compared with the trained model."""
+
+
+class Recipe(Section):
+    """One run, from base model to bundle."""
+
+    run: RunSection
+    base: BaseSection
+    adapter: AdapterSection = AdapterSection()
+    data: DataSection
+    train: TrainSection
+    eval: EvalSection = EvalSection()
+    export: ExportSection = ExportSection()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Recipe:
+        train, data = self.train, self.data
+        if (train.max_steps is None) == (train.epochs is None):
+            raise ValueError("train: give exactly one of max_steps and epochs")
+        if data.streaming and (train.max_steps is None or data.eval is None):
+            raise ValueError("data.streaming needs train.max_steps and data.eval: a stream has no known length to split")
+        if train.max_steps is not None and train.warmup_steps > train.max_steps:
+            raise ValueError(f"train.warmup_steps {train.warmup_steps} is more than max_steps {train.max_steps}")
+        if train.early_stopping_patience and not train.eval_every:
+            raise ValueError("train.early_stopping_patience needs train.eval_every")
+        if self.eval.choices and self.eval.answer != "choices":
+            raise ValueError(f"eval.choices needs eval.answer: choices (got {self.eval.answer!r})")
+        return self

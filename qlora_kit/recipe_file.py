@@ -1,0 +1,165 @@
+"""Recipes as files: YAML and key=value overrides in, one list of all errors or a Recipe out, YAML back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from qlora_kit.errors import RecipeError
+from qlora_kit.recipe import Recipe
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `2e-4` is a number, `no` is text, and a key given twice is an error."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), list("tTfF"))
+_Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$", re.I),
+    list("-+.0123456789"),
+)
+_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _construct_mapping(loader: _Yaml12Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    doubled = sorted({str(key) for key in keys if keys.count(key) > 1})
+    if doubled:
+        raise yaml.constructor.ConstructorError(None, None, f"key given twice: {', '.join(doubled)}", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Yaml12Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name to path of the recipes that come with the package."""
+    folder = Path(str(resources.files("qlora_kit") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(path_or_name: str, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe file (or a shipped recipe by name) and applies `section.key=value` overrides.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, or fields are wrong: all of them in one message.
+    """
+    tree = _read_yaml(_find(path_or_name))
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_recipe(tree, path_or_name)
+
+
+def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """A Recipe from plain data. `origin` names the source in error messages.
+
+    Raises:
+        RecipeError: lists every wrong field with what it got and what is allowed.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        plural = "s" if len(lines) > 1 else ""
+        raise RecipeError(f"{origin}: {len(lines)} wrong field{plural}:\n  " + "\n  ".join(lines) + "\nMend and run again") from None
+
+
+def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
+    """Plain data with every default written out; `parse_recipe` reads it back to an equal Recipe."""
+    return recipe.model_dump(mode="json", by_alias=True)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe_to_tree(recipe), sort_keys=False, allow_unicode=True)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """sha256 of the resolved recipe, hex."""
+    return hashlib.sha256(json.dumps(recipe_to_tree(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the fields in which two recipe trees differ, each with both values."""
+    changes = []
+    for key in sorted({*old, *new}):
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            changes += changed_fields(left, right, f"{prefix}{key}.")
+        elif left != right:
+            changes.append(f"{prefix}{key}: {left!r} -> {right!r}")
+    return changes
+
+
+def _find(path_or_name: str) -> Path:
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if path_or_name in shipped:
+        return shipped[path_or_name]
+    raise RecipeError(
+        f"no recipe {path_or_name}", allowed=f"a .yaml file, or a shipped recipe: {', '.join(shipped)}", fix="Check the path"
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}", fix="Mend the place named above") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds no recipe", got=tree, allowed="sections run, base, adapter, data, train, eval, export")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise RecipeError("not an override", got=override, allowed="section.key=value, for example train.lr=1e-4")
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"override {dotted}: {key} is not a section", got=override, allowed="section.key=value")
+    try:
+        tree[keys[-1]] = yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {dotted}: the value is not valid YAML", got=text, fix="Quote it") from None
+
+
+def _explain(item: Any) -> str:
+    field = ".".join(str(part) for part in item["loc"]) or "recipe"
+    if item["type"] == "missing":
+        return f"{field}: missing; give it a value"
+    if item["type"] == "extra_forbidden":
+        return f"{field}: unknown key (got {item['input']!r}); remove it or correct its spelling{_nearest(item['loc'])}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" and not item["loc"]:
+        return message
+    return f"{field}: got {item['input']!r} ({type(item['input']).__name__}); {message[0].lower()}{message[1:]}"
+
+
+def _nearest(loc: tuple[Any, ...]) -> str:
+    import difflib
+
+    model: Any = Recipe
+    for part in loc[:-1]:
+        model = model.model_fields[part].annotation if hasattr(model, "model_fields") and part in model.model_fields else None
+    names = [field.alias or name for name, field in model.model_fields.items()] if hasattr(model, "model_fields") else []
+    close = difflib.get_close_matches(str(loc[-1]), names, n=1)
+    return f" (did you mean {close[0]}?)" if close else f"; allowed: {', '.join(names)}" if names else ""
