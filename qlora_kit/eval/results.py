@@ -1,0 +1,165 @@
+"""What `qlora-kit eval` found: RUN/eval/results.json, its table in the terminal and its plot."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_kit.errors import EvalError, RunError
+from qlora_kit.eval.forms import FormResult, PairResult, PerRow
+from qlora_kit.eval.intervals import Interval
+
+FORMAT = "qlora-eval/1"
+_BLUE = "#2a6fb0"
+
+
+@dataclass(frozen=True)
+class EvalResults:
+    """RUN/eval/results.json."""
+
+    rows: int
+    forms: dict[str, FormResult]
+    pairs: list[PairResult] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """How the numbers came about: answer check, choices, resamples, confidence."""
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    format: str = FORMAT
+
+
+def write_results(run_dir: Path, results: EvalResults) -> Path:
+    """Writes RUN/eval/results.json: whole and on the disk, or not at all.
+
+    Raises:
+        EvalError: a number is not finite and so has no place in JSON.
+        RunError: there is no run folder.
+    """
+    if not run_dir.is_dir():
+        raise RunError(f"no run folder {run_dir}", fix="Train first, or check the path")
+    try:
+        text = json.dumps(asdict(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise EvalError(f"the results hold a number that is not finite: {error}") from error
+    path = run_dir / "eval" / "results.json"
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_results(run_dir: Path) -> EvalResults:
+    """Reads what `write_results` wrote.
+
+    Raises:
+        RunError: the file is missing, not JSON, or of another format.
+    """
+    path = run_dir / "eval" / "results.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+            raise RunError(f"{path} is not of the format {FORMAT}", fix="Evaluate the run again")
+        forms = {name: _form_from_tree(form) for name, form in tree["forms"].items()}
+        pairs = [PairResult(**pair) for pair in tree["pairs"]]
+        return EvalResults(tree["rows"], forms, pairs, tree["metrics"], tree["created"])
+    except FileNotFoundError:
+        raise RunError(f"no evaluation in {run_dir}", fix="Evaluate the run first") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged: {error!r}", fix="Evaluate the run again") from error
+
+
+def print_table(results: EvalResults, console: Console) -> None:
+    """Prints one line a form, each number with its 95% interval, and below it the paired differences."""
+    checked = any(form.accuracy for form in results.forms.values())
+    table = Table(title=f"{results.rows} held-out rows, 95% intervals", title_justify="left")
+    table.add_column("form")
+    for heading in ["loss (nats/token)", "perplexity", *(["accuracy (%)"] if checked else []), "seconds"]:
+        table.add_column(heading, justify="right")
+    for name, form in results.forms.items():
+        cells = [name, _cell(form.loss, 3), _cell(form.perplexity, 2)]
+        if checked:
+            cells.append(_cell(form.accuracy, 1, scale=100) if form.accuracy else "-")
+        table.add_row(*cells, f"{form.seconds:.1f}")
+    console.print(table)
+    if results.pairs:
+        console.print(_pair_table(results.pairs))
+
+
+def plot_results(results: EvalResults, path_png: Path) -> Path:
+    """Draws accuracy (where answers were checked) and perplexity of all forms with their 95% intervals.
+
+    Raises:
+        EvalError: there are no forms to draw.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not results.forms:
+        raise EvalError("no forms to plot", fix="Evaluate the run first")
+    accuracies = {name: form.accuracy for name, form in results.forms.items() if form.accuracy}
+    panels: list[tuple[str, float, dict[str, Interval]]] = [
+        ("Perplexity (lower is better)", 1.0, {name: form.perplexity for name, form in results.forms.items()})
+    ]
+    if accuracies:
+        panels.insert(0, ("Accuracy, % of rows (higher is better)", 100.0, accuracies))
+    figure = Figure(figsize=(5.2 * len(panels), 1.4 + 0.42 * len(results.forms)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, scale, intervals) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw(axes, title, scale, intervals)
+    figure.suptitle(f"{results.rows} held-out rows, 95% bootstrap intervals", fontsize=10)
+    figure.savefig(path_png, dpi=150)
+    return path_png
+
+
+def _draw(axes: Any, title: str, scale: float, intervals: dict[str, Interval]) -> None:
+    names = list(intervals)
+    values = [scale * intervals[name].value for name in names]
+    # An interval can leave out its value where rows are few; an error bar cannot have a negative length.
+    below = [max(0.0, scale * (intervals[name].value - intervals[name].low)) for name in names]
+    above = [max(0.0, scale * (intervals[name].high - intervals[name].value)) for name in names]
+    places = range(len(names))
+    axes.errorbar(values, places, xerr=[below, above], fmt="o", color=_BLUE, ecolor=_BLUE, capsize=4, markersize=6)
+    for place, value in zip(places, values, strict=True):
+        axes.annotate(f"{value:.4g}", (value, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_yticks(places, names)
+    axes.set_ylim(len(names) - 0.5, -0.7)
+    axes.set_xlabel(title)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _pair_table(pairs: list[PairResult]) -> Table:
+    table = Table(title="Paired differences on the same rows, 95% intervals", title_justify="left")
+    for heading, justify in (("pair", "left"), ("metric", "left"), ("difference", "right"), ("other answers", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for pair in pairs:
+        scale, digits = (100, 1) if pair.metric == "accuracy" else (1, 3)
+        interval = Interval(pair.difference, pair.low, pair.high)
+        mark = "" if interval.excludes_zero else " (may be 0)"
+        other = "-" if pair.disagree is None else f"{100 * pair.disagree:.1f}% of rows"
+        name = "accuracy (points)" if pair.metric == "accuracy" else pair.metric
+        table.add_row(f"{pair.a} - {pair.b}", name, _cell(interval, digits, scale, sign="+") + mark, other)
+    return table
+
+
+def _cell(interval: Interval, digits: int, scale: float = 1, sign: str = "") -> str:
+    value, low, high = (scale * number for number in (interval.value, interval.low, interval.high))
+    return f"{value:{sign}.{digits}f} \\[{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+def _form_from_tree(tree: dict[str, Any]) -> FormResult:
+    accuracy = Interval(**tree["accuracy"]) if tree["accuracy"] is not None else None
+    loss, perplexity = Interval(**tree["loss"]), Interval(**tree["perplexity"])
+    return FormResult(loss, perplexity, accuracy, tree["rows"], tree["seconds"], PerRow(**tree["per_row"]))
