@@ -1,0 +1,120 @@
+"""Loads base models and tokenizers; quantized ones through transformers' streaming loader and bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from qlora_kit.errors import ModelError
+from qlora_kit.model.quantized import own_quantized_layers
+from qlora_kit.model.source import BaseSource
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load_base(
+    source: BaseSource,
+    quant: str = "none",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    skip_modules: list[str] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The base model, in evaluation mode, nothing trainable.
+
+    Args:
+        quant: nf4, fp4, int8 (linear layers but the head become QuantizedLinear) or none.
+        double_quant: quantize the 4-bit statistics too.
+        compute_dtype: of everything that is not quantized, and of activations.
+        skip_modules: names of linear layers to leave unquantized, beside the head.
+
+    Raises:
+        ModelError: the folder cannot be read as a causal language model.
+    """
+    options: dict[str, Any] = {}
+    if quant != "none":
+        keep = None
+        if skip_modules:
+            keep = [*get_keys_to_not_convert(_empty(source, trust_remote_code)), *skip_modules]
+        options["quantization_config"] = _bitsandbytes_config(quant, double_quant, compute_dtype, keep)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=compute_dtype,
+            device_map={"": str(device)},
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"base.model {source.reference} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            fix="Check that the folder holds a causal language model and whole weight files",
+        ) from error
+    replaced = own_quantized_layers(model)
+    if quant != "none" and not replaced:
+        raise ModelError(f"base.model {source.reference} has no linear layer to quantize", fix="Set base.quant=none")
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def load_tokenizer(folder: Any, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model folder, padding on the right; one without a pad token pads with eos.
+
+    Padding is never told from the pad id (it may be eos): the attention mask and the labels say it.
+
+    Raises:
+        ModelError: there is no fast tokenizer, or it has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: no tokenizer: {error}", fix="Put the tokenizer's files beside the model") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{folder}: only a slow tokenizer", fix="Save it with a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{folder}: the tokenizer has no eos_token", fix="Set eos_token in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def to_reference(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as its own reference, in place: every float in fp32, codes expanded in fp32, never rounded."""
+    model.float()
+    model.config.dtype = torch.float32
+    return model.eval()
+
+
+def _bitsandbytes_config(
+    quant: str, double_quant: bool, compute_dtype: torch.dtype, keep: list[str] | None
+) -> BitsAndBytesConfig:
+    if quant == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=keep,
+    )
+
+
+def _empty(source: BaseSource, trust_remote_code: bool) -> PreTrainedModel:
+    """The model's modules on the meta device: no weights."""
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -1,0 +1,133 @@
+"""Quantized linear layers: the one place that owns codes, statistics and their layout.
+
+bitsandbytes quantizes and dequantizes; its modules' `forward` is never called. On CPUs with AVX512-BF16 the
+first evaluation forward of `Linear4bit` repacks the weight in place and rounds its statistics, after which
+neither training nor saving is right. So a loaded `Linear4bit` or `Linear8bitLt` becomes a `QuantizedLinear`,
+whose buffers nothing ever writes to.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.errors import ModelError
+from qlora_kit.kernels.frozen_linear import frozen_linear
+
+
+def _import_bitsandbytes() -> Any:
+    """bitsandbytes without the package `kernels`, through which its CPU backend would fetch a binary from a hub."""
+    if "bitsandbytes" in sys.modules:
+        return sys.modules["bitsandbytes"]
+    hidden = sys.modules.get("kernels")
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    logger.setLevel(logging.ERROR)  # or it warns that `kernels` is missing
+    try:
+        import bitsandbytes
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if hidden is not None:
+            sys.modules["kernels"] = hidden
+    return bitsandbytes
+
+
+bnb = _import_bitsandbytes()
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer held as bitsandbytes codes: y = x Wᵀ + b, W expanded for the moment of use.
+
+    Buffers (4 bit): codes uint8 [out*in/2], absmax (uint8 with double quantization, else float32) [blocks],
+    code float32 [16], and nested_absmax float32, nested_code float32 [256], offset float32 [] where nested.
+    Buffers (8 bit): codes int8 [out, in], absmax float32 [out]. Weight-only: activations are never rounded.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+
+    def __init__(self, in_features: int, out_features: int, quant: str, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.quant = in_features, out_features, quant
+        self.block_size = self.nested_block_size = 0
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_bitsandbytes(cls, layer: nn.Module) -> QuantizedLinear:
+        """Takes over the codes and statistics of a `Linear4bit` or `Linear8bitLt` that was never run."""
+        weight: Any = layer.weight
+        if isinstance(layer, bnb.nn.Linear4bit):
+            state = weight.quant_state
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ModelError("a 4-bit layer was repacked by bitsandbytes' own forward", fix="Load the model again")
+            quantized = cls(layer.in_features, layer.out_features, state.quant_type, layer.bias)
+            quantized.block_size = state.blocksize
+            tensors = {"codes": weight.data, "absmax": state.absmax, "code": state.code}
+            if state.nested:
+                quantized.nested_block_size = state.state2.blocksize
+                tensors |= {
+                    "nested_absmax": state.state2.absmax,
+                    "nested_code": state.state2.code,
+                    "offset": state.offset,
+                }
+        else:
+            quantized = cls(layer.in_features, layer.out_features, "int8", layer.bias)
+            tensors = {"codes": weight.data, "absmax": weight.SCB}
+        for name, tensor in tensors.items():
+            quantized.register_buffer(name, tensor.detach())
+        return quantized
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], expanded in fp32 and cast once to `dtype`."""
+        if self.quant == "int8":
+            return (self.codes.float() * (self.absmax / 127.0).unsqueeze(1)).to(dtype)
+        functional = bnb.functional
+        nested = None
+        if self.nested_block_size:
+            nested = functional.QuantState(
+                absmax=self.nested_absmax,
+                code=self.nested_code,
+                blocksize=self.nested_block_size,
+                dtype=torch.float32,
+            )
+        state = functional.QuantState(
+            absmax=self.absmax,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=self.code,
+            blocksize=self.block_size,
+            quant_type=self.quant,
+            dtype=dtype,
+            offset=self.offset if nested else None,
+            state2=nested,
+        )
+        return functional.dequantize_4bit(self.codes, state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out], in x's dtype."""
+        return frozen_linear(x, self.dequantize, self.bias)
+
+    def stored_bytes(self) -> int:
+        """Bytes of codes and statistics."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, quant={self.quant}, bias={self.bias is not None}"
+
+
+def own_quantized_layers(model: nn.Module) -> int:
+    """Replaces every bitsandbytes layer of `model` by a `QuantizedLinear`, in place. Returns how many."""
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+    ]
+    for name, module in layers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, QuantizedLinear.from_bitsandbytes(module))
+    return len(layers)

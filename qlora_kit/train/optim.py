@@ -1,0 +1,170 @@
+"""The optimizer and the learning-rate schedule.
+
+A bf16 weight has 8 significant bits and swallows updates below 1/256 of itself. So beside each bf16 weight lie
+the low 16 bits of its fp32 value (2 bytes a weight): the update is made in fp32, exactly, and the weight that
+the model sees is that value rounded to bf16. Kalamkar et al. 2019 (arXiv:1905.12322) call this split-SGD.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.errors import CheckpointError
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def split_fp32(value: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 to (bf16 rounded to nearest, ties away from zero; int16 distance of the bit patterns). Exact, any shape."""
+    bits = value.contiguous().view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    low = bits - (high << 16)  # -0x8000 .. 0x7FFF
+    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+
+
+def join_fp32(high: Tensor, low: Tensor) -> Tensor:
+    """The inverse of `split_fp32`: (bf16, int16) to fp32, bit for bit."""
+    bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+class AdapterOptimizer:
+    """Steps each trained weight in fp32 through an optimizer of its own, so that fp32 copies live one at a time.
+
+    Args:
+        parameters: name to trained parameter, bf16 or fp32.
+        make: builds the inner optimizer (torch's or bitsandbytes') for a list of one fp32 parameter.
+        keep_precision: keep the low 16 bits of bf16 weights; without it they are rounded after each step.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], make: MakeOptimizer, keep_precision: bool = True) -> None:
+        self.parameters = parameters
+        self.low_bits: dict[str, Tensor] = {}
+        self._masters: dict[str, nn.Parameter] = {}
+        self._inner: dict[str, torch.optim.Optimizer] = {}
+        for name, parameter in parameters.items():
+            master = parameter
+            if parameter.dtype == torch.bfloat16:
+                master = nn.Parameter(parameter.detach().new_empty(0, dtype=torch.float32))
+                self._masters[name] = master
+                if keep_precision:
+                    self.low_bits[name] = torch.zeros_like(parameter, dtype=torch.int16)
+            self._inner[name] = make([master])
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What torch.amp.GradScaler needs to find the gradients."""
+        return [{"params": list(self.parameters.values())}]
+
+    def step(self) -> None:
+        """One update from the gradients, at the rate given to `set_lr`."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            if name not in self._masters:
+                self._inner[name].step()
+                continue
+            master = self._masters[name]
+            low = self.low_bits.get(name)
+            master.data = parameter.detach().float() if low is None else join_fp32(parameter.detach(), low)
+            master.grad = parameter.grad.float()
+            self._inner[name].step()
+            high, new_low = split_fp32(master.data)
+            parameter.data.copy_(high)
+            if low is not None:
+                low.copy_(new_low)
+            master.grad, master.data = None, master.data.new_empty(0)
+
+    def set_lr(self, lr: float) -> None:
+        for inner in self._inner.values():
+            for group in inner.param_groups:
+                group["lr"] = lr
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """(tensors, numbers) by `WEIGHT/ENTRY`: all that the next step depends on beside the weights."""
+        tensors = {f"{name}/low_bits": low for name, low in self.low_bits.items()}
+        numbers: dict[str, float] = {}
+        for name, inner in self._inner.items():
+            for entry, value in next(iter(inner.state.values()), {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}/{entry}"] = value
+                else:
+                    numbers[f"{name}/{entry}"] = value
+        return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, numbers
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """Restores what `state` gave.
+
+        Raises:
+            CheckpointError: the state belongs to other weights.
+        """
+        entries: dict[str, dict[str, Any]] = {name: {} for name in self.parameters}
+        for key, value in (*tensors.items(), *numbers.items()):
+            name, _, entry = key.rpartition("/")
+            if name not in entries:
+                raise CheckpointError(f"optimizer state of {name}, which this run does not train", fix="Start a new run")
+            entries[name][entry] = value
+        for name, found in entries.items():
+            device = self.parameters[name].device
+            low = found.pop("low_bits", None)
+            if (low is None) != (name not in self.low_bits):
+                raise CheckpointError(f"kept low bits of {name} do not match adapter.keep_precision", fix="Start a new run")
+            if low is not None:
+                self.low_bits[name].copy_(low)
+            (group,) = self._inner[name].param_groups
+            keep_cpu = {"step"}  # torch holds the step count on the CPU unless the optimizer is fused or capturable
+            self._inner[name].state[group["params"][0]] = {
+                entry: value.to(device) if isinstance(value, Tensor) and entry not in keep_cpu else value
+                for entry, value in found.items()
+            }
+
+
+def optimizer_maker(
+    kind: str, betas: tuple[float, float], eps: float, weight_decay: float, device: torch.device
+) -> tuple[MakeOptimizer, str | None]:
+    """The inner optimizer's constructor, and a note where another had to take its place.
+
+    bitsandbytes' 8-bit (Dettmers et al. 2022) and paged AdamW need CUDA. On a CPU torch's AdamW with fp32
+    states takes their place: adapters are small, and host memory needs no paging.
+    """
+    options: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    if kind == "adamw" or device.type != "cuda":
+        note = None if kind == "adamw" else f"optimizer {kind} needs CUDA; torch AdamW with fp32 states takes its place"
+        return lambda parameters: torch.optim.AdamW(parameters, foreach=False, **options), note
+    from qlora_kit.model.quantized import bnb
+
+    classes = {
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw": bnb.optim.PagedAdamW32bit,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    }
+    return lambda parameters: classes[kind](parameters, **options), None
+
+
+def lr_at(step: int, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (1 to total_steps): linear warm-up, then constant, linear or cosine to 0."""
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "constant":
+        return peak
+    done = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)  # 0 at the first step after the warm-up
+    return peak * (1 - done) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> float:
+    """Global gradient norm, summed in fp32 whatever the gradients' dtype; scales them down to `max_norm` in place."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.stack([grad.float().square().sum() for grad in grads]).sum().sqrt().item()
+    if max_norm is not None and norm > max_norm and math.isfinite(norm):
+        for grad in grads:
+            grad.mul_(max_norm / norm)
+    return norm
