@@ -1,0 +1,139 @@
+"""The command line: qlora-runtime info|verify|generate|chat BUNDLE.
+
+Exit codes: 0 well; 1 the bundle did not pass verification; 2 an error, told in one line on stderr.
+onnxruntime is loaded inside the verbs, so that --help answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_runtime.errors import BundleError
+
+Verb = Callable[[argparse.Namespace], int]
+
+PASSED, FAILED, ERROR, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return int(options.verb(options))
+    except (BundleError, OSError) as error:
+        line = " ".join(str(error).split())
+        print(f"qlora-runtime: {type(error).__name__}: {line}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The verbs and their options."""
+    parser = argparse.ArgumentParser(
+        prog="qlora-runtime", description="Check and run an ONNX bundle on a CPU."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="info|verify|generate|chat")
+
+    info = _verb(verbs, "info", run_info, "say what the bundle is; loads no model")
+    info.add_argument("--json", action="store_true", help="print the manifest's facts as JSON")
+
+    verify = _verb(verbs, "verify", run_verify, "check files and answers against the trained model's")
+    verify.add_argument("--json", action="store_true", help="print the report as JSON")
+    verify.add_argument("--threads", type=int, help="CPU threads (default: onnxruntime's choice)")
+
+    generate = _verb(verbs, "generate", run_generate, "answer one prompt, or a file of them")
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="a plain text to continue")
+    source.add_argument("--chat", metavar="TEXT", help="what the user says, put into the chat template")
+    source.add_argument(
+        "--file", type=Path, metavar="JSONL", help='one {"prompt": TEXT} or {"messages": [...]} per line'
+    )
+    generate.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    generate.add_argument("-o", "--output", type=Path, metavar="JSONL", help="with --file: where answers go")
+    _add_sampling(generate)
+
+    chat = _verb(verbs, "chat", run_chat, "talk with the model; an empty line or Ctrl-D ends")
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_sampling(chat)
+    return parser
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """What the manifest says, and whether the files are there in the sizes it says."""
+    from qlora_runtime.console import print_info
+    from qlora_runtime.manifest import check_files
+
+    print_info(check_files(options.bundle, hashes=False), as_json=options.json)
+    return PASSED
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Exit code 0 where the bundle answers as the trained model did, else 1 with the reasons."""
+    from qlora_runtime.console import print_report
+    from qlora_runtime.verify import verify_directory
+
+    report = verify_directory(options.bundle, threads=options.threads)
+    print_report(report, as_json=options.json)
+    return PASSED if report.passed else FAILED
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """One answer to stdout as it comes, or a file of answers."""
+    from qlora_runtime.console import answer_file, as_messages, open_for_use, sampling_from, say
+    from qlora_runtime.errors import ArgumentError
+
+    if (options.file is None) != (options.output is None):
+        raise ArgumentError("--file and -o go together: prompts come from the one, answers go to the other.")
+    if options.system is not None and options.chat is None:
+        raise ArgumentError("--system goes with --chat. In --file, put a system message into the messages.")
+    sampling = sampling_from(options)
+    bundle = open_for_use(options)
+    if options.file is not None:
+        answer_file(bundle, options.file, options.output, sampling)
+    else:
+        chat = as_messages(options.system, options.chat) if options.chat is not None else None
+        say(bundle, chat or options.prompt, sampling)
+    return PASSED
+
+
+def run_chat(options: argparse.Namespace) -> int:
+    """Turns of a chat, from stdin to stdout."""
+    from qlora_runtime.console import converse, open_for_use, sampling_from
+
+    sampling = sampling_from(options)
+    converse(open_for_use(options), options.system, sampling)
+    return PASSED
+
+
+def _verb(verbs: Any, name: str, run: Verb, about: str) -> argparse.ArgumentParser:
+    """A subcommand that takes a bundle. `verbs` is what add_subparsers gave; its type has no public name."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=about, description=f"{about[0].upper()}{about[1:]}."
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
+    parser.set_defaults(verb=run)
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 keeps all tokens (default)")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is none (default)"
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="the same seed draws the same answer")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: onnxruntime's choice)")
+    parser.add_argument("--no-hashes", action="store_true", help="compare file sizes only when opening")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

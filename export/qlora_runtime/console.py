@@ -1,0 +1,161 @@
+"""What the command line's verbs do once their options are read."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_runtime.atomic import atomic_file
+from qlora_runtime.bundle import Bundle
+from qlora_runtime.chat import Message
+from qlora_runtime.errors import ArgumentError
+from qlora_runtime.generate import TextStream, generate, stream_text
+from qlora_runtime.sampling import Sampling
+from qlora_runtime.schema import Manifest, Verification
+from qlora_runtime.verify import Report
+
+
+def sampling_from(options: argparse.Namespace) -> Sampling:
+    """The sampling options as one value. Raises ArgumentError for values out of range."""
+    return Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        stop=options.stop,
+    )
+
+
+def open_for_use(options: argparse.Namespace) -> Bundle:
+    """The bundle, with a warning on stderr where it is not known to answer as the trained model."""
+    bundle = Bundle.open(options.bundle, check_hashes=not options.no_hashes, threads=options.threads)
+    verification = bundle.manifest.verification
+    if verification is None or not verification.passed:
+        print(f"qlora-runtime: warning: this bundle {_state(verification)}.", file=sys.stderr)
+    return bundle
+
+
+def as_messages(system: str | None, user: str) -> list[Message]:
+    """The messages of a first turn."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": user}]
+
+
+def say(bundle: Bundle, prompt: str | Sequence[Message], sampling: Sampling) -> str:
+    """Print the answer as it comes, and return it."""
+    answer = stream_text(bundle, prompt, sampling)
+    text = "".join(_printed(answer))
+    print()
+    return text
+
+
+def converse(bundle: Bundle, system: str | None, sampling: Sampling) -> None:
+    """Read a line, answer it, and so on until an empty line or the end of stdin."""
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    while line := _ask():
+        messages.append({"role": "user", "content": line})
+        messages.append({"role": "assistant", "content": say(bundle, messages, sampling)})
+
+
+def answer_file(bundle: Bundle, prompts: Path, answers: Path, sampling: Sampling) -> None:
+    """Answer each line of `prompts`; `answers` appears whole when all are done, or not at all.
+
+    Raises:
+        ArgumentError: a line is not {"prompt": TEXT} or {"messages": [...]}; nothing has been run then.
+    """
+    todo = list(read_prompts(prompts))
+    with atomic_file(answers) as file:
+        for prompt in todo:
+            completion = generate(bundle, prompt, sampling)
+            asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+            line = asked | {
+                "text": completion.text,
+                "token_ids": completion.token_ids,
+                "finish_reason": completion.finish_reason,
+                "prompt_tokens": completion.prompt_tokens,
+            }
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+
+def read_prompts(path: Path) -> Iterator[str | list[Message]]:
+    """The prompts in a JSON Lines file; empty lines are passed over. Errors name the file and the line."""
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ArgumentError(f"{path}, line {number}: not JSON ({error}).") from error
+        if isinstance(row, dict) and set(row) == {"prompt"} and isinstance(row["prompt"], str):
+            yield row["prompt"]
+        elif isinstance(row, dict) and set(row) == {"messages"} and isinstance(row["messages"], list):
+            yield row["messages"]
+        else:
+            raise ArgumentError(
+                f'{path}, line {number}: expected {{"prompt": TEXT}} or {{"messages": [...]}}, got '
+                f"{line[:80]}"
+            )
+
+
+def print_info(manifest: Manifest, as_json: bool) -> None:
+    """The manifest, without the list of files, on stdout."""
+    if as_json:
+        value = manifest.to_json()
+        del value["files"]
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+        return
+    model = manifest.model
+    size_bytes = sum(record.bytes for record in manifest.files.values())
+    facts = {
+        "model": f"{model.architecture}, vocabulary {model.vocab_size}, context {model.context_length}",
+        "profile": manifest.profile,
+        "created": manifest.created,
+        "files": f"{len(manifest.files)}, {size_bytes / 2**20:.1f} MiB",
+        "base": _one_line(manifest.provenance.base),
+        "adapter": _one_line(manifest.provenance.adapter),
+        "verification": _state(manifest.verification),
+        "tools": _one_line(manifest.tools),
+    }
+    for name, fact in facts.items():
+        print(f"{name:<13}{fact}")
+
+
+def print_report(report: Report, as_json: bool) -> None:
+    """The report on stdout."""
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2))
+        return
+    for reason in report.reasons:
+        print(f"- {reason}")
+    if report.max_logit_difference is not None:
+        print(f"{report.prompts} prompts, {report.positions} positions")
+        print(f"largest logit difference  {report.max_logit_difference:.6g}")
+        print(f"same most probable token  {report.top1_agreement:.4%}")
+        print(f"greedy tokens equal       {report.greedy_tokens_equal} of {report.greedy_tokens_compared}")
+    print("PASSED" if report.passed else "FAILED")
+
+
+def _ask() -> str:
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
+
+
+def _printed(pieces: TextStream) -> Iterator[str]:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        yield piece
+
+
+def _state(verification: Verification | None) -> str:
+    if verification is None:
+        return "has not been verified"
+    return "passed verification" if verification.passed else "did not pass verification"
+
+
+def _one_line(value: Any) -> str:
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)

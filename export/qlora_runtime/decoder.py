@@ -1,0 +1,168 @@
+"""The ONNX graph: a decoder with a key-value cache, run by onnxruntime on the CPU.
+
+The cache is one buffer per layer, as long as the whole answer can become. It is bound both as the graph's
+past and as its present, so that GroupQueryAttention writes each new token in place and copies nothing.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from qlora_runtime.errors import ModelLoadError
+from qlora_runtime.strict_json import JsonObject, is_count
+
+Int64Array = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+# Long prompts are read in pieces of this many tokens: the graph returns logits for every token it reads,
+# which for a prompt of 8k tokens and a vocabulary of 128k would be 4 GB at once.
+PREFILL_TOKENS = 256
+
+_LOAD_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+_CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The key-value cache's dimensions, as genai_config.json gives them."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+
+def read_cache_shape(genai_config: JsonObject) -> CacheShape:
+    """The cache's shape. Raises ModelLoadError where genai_config.json does not say it."""
+    model = genai_config.get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    sizes: JsonObject = {
+        key: decoder.get(key) if isinstance(decoder, dict) else None
+        for key in ("num_hidden_layers", "num_key_value_heads", "head_size")
+    }
+    if wrong := {key: size for key, size in sizes.items() if not is_count(size) or size == 0}:
+        raise ModelLoadError(
+            f"genai_config.json: model.decoder has {wrong}, positive integers are expected. Export again."
+        )
+    return CacheShape(sizes["num_hidden_layers"], sizes["num_key_value_heads"], sizes["head_size"])
+
+
+class Decoder:
+    """A loaded graph. It holds no state of its own: each `Decoding` has its own cache."""
+
+    def __init__(self, graph: Path, shape: CacheShape, threads: int | None) -> None:
+        """Load `graph`, to run on `threads` threads (None: as many as onnxruntime finds best).
+
+        Raises:
+            ModelLoadError: onnxruntime refuses the file, or its inputs and outputs are not those of the
+                format.
+        """
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 4  # what goes wrong is raised; nothing is printed beside it
+        try:
+            self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        except _LOAD_ERRORS as error:
+            reason = str(error).splitlines()[0]
+            raise ModelLoadError(f"onnxruntime {ort.__version__} cannot load {graph}: {reason}") from error
+        self.shape = shape
+        # One (past, present) pair of names for each layer's keys and for its values.
+        self.cache_names = [
+            (f"past_key_values.{layer}.{part}", f"present.{layer}.{part}")
+            for layer in range(shape.layers)
+            for part in ("key", "value")
+        ]
+        self._check_interface()
+        self._cache_dtype = _CACHE_DTYPES[self.session.get_inputs()[-1].type]
+
+    def empty_cache(self, batch: int, capacity: int) -> list[ort.OrtValue]:
+        """Zeroed keys and values: 2 * layers tensors of [batch, kv_heads, capacity, head_dim]."""
+        shape = (batch, self.shape.kv_heads, capacity, self.shape.head_dim)
+        return [
+            ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._cache_dtype)) for _ in self.cache_names
+        ]
+
+    def logits(self, input_ids: Int64Array, attention_mask: Int64Array) -> FloatArray:
+        """One forward without a past.
+
+        input_ids, attention_mask: [batch, seq] -> [batch, seq, vocab] float32.
+        """
+        past = self.empty_cache(len(input_ids), 0)
+        feeds = {
+            "input_ids": ort.OrtValue.ortvalue_from_numpy(input_ids),
+            "attention_mask": ort.OrtValue.ortvalue_from_numpy(attention_mask),
+        } | {name: value for (name, _), value in zip(self.cache_names, past, strict=True)}
+        (logits,) = self.session.run_with_ort_values(["logits"], feeds)
+        return np.asarray(logits.numpy(), dtype=np.float32)
+
+    def _check_interface(self) -> None:
+        """The graph must take and give exactly the format's names, with a cache of a known dtype."""
+        inputs = {value.name for value in self.session.get_inputs()}
+        outputs = {value.name for value in self.session.get_outputs()}
+        expected_inputs = {"input_ids", "attention_mask"} | {past for past, _ in self.cache_names}
+        expected_outputs = {"logits"} | {present for _, present in self.cache_names}
+        if odd := sorted((inputs ^ expected_inputs) | (outputs ^ expected_outputs)):
+            raise ModelLoadError(
+                f"the graph and the format disagree on these inputs or outputs: {odd}. Allowed are "
+                f"input_ids, attention_mask, logits and the cache of {self.shape.layers} layers; "
+                "export with a decoder profile."
+            )
+        cache_inputs = [
+            value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")
+        ]
+        if odd := sorted({value.type for value in cache_inputs} - _CACHE_DTYPES.keys()):
+            raise ModelLoadError(
+                f"the cache's type is {odd}; allowed are {sorted(_CACHE_DTYPES)}. Export again."
+            )
+
+
+class Decoding:
+    """One sequence being decoded: the tokens read so far live in a cache that is written in place."""
+
+    def __init__(self, decoder: Decoder, capacity: int) -> None:
+        """Room for `capacity` tokens, prompt and answer together."""
+        self._session = decoder.session
+        self._binding = decoder.session.io_binding()
+        self._length = 0
+        self._capacity = capacity
+        self._bind_logits()  # bound first, so that logits stay the first of the outputs
+        for (past, present), value in zip(decoder.cache_names, decoder.empty_cache(1, capacity), strict=True):
+            self._binding.bind_ortvalue_input(past, value)
+            self._binding.bind_ortvalue_output(present, value)
+
+    def read(self, token_ids: Int64Array) -> FloatArray:
+        """Read the next tokens ([seq], at least one) and return the logits after the last: [vocab] float32.
+
+        Raises:
+            ValueError: more tokens than the cache has room for, or none.
+        """
+        if not 0 < len(token_ids) <= self._capacity - self._length:
+            room = self._capacity - self._length
+            raise ValueError(f"{len(token_ids)} tokens to read, the cache has room for {room}")
+        for start in range(0, len(token_ids), PREFILL_TOKENS):
+            logits = self._read_piece(token_ids[start : start + PREFILL_TOKENS])
+        return logits
+
+    def _read_piece(self, token_ids: Int64Array) -> FloatArray:
+        self._length += len(token_ids)
+        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(token_ids[None, :]))
+        self._binding.bind_cpu_input("attention_mask", np.ones((1, self._length), np.int64))
+        self._bind_logits()
+        self._session.run_with_iobinding(self._binding)
+        logits = self._binding.get_outputs()[0].numpy()  # [1, seq, vocab]
+        return np.array(logits[0, -1], dtype=np.float32)
+
+    def _bind_logits(self) -> None:
+        """Ask for the logits in a new tensor: their shape changes with the number of tokens read."""
+        self._binding.bind_output("logits", "cpu")

@@ -1,0 +1,114 @@
+"""reference.json: what the trained model answers, so that anyone can check that the bundle still does."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_runtime.atomic import write_atomic
+from qlora_runtime.errors import FormatError
+from qlora_runtime.strict_json import Fields, JsonObject, dump, is_count, is_list_of, is_number, load_object
+
+REFERENCE = "reference.json"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a bundle may be from the trained model."""
+
+    max_logit: float  # the largest difference allowed of any one logit
+    min_top1: float  # the share of positions, 0 to 1, whose most probable token must be the same
+    greedy_margin: float  # greedy answers are compared up to the first token won by less than this
+
+
+@dataclass(frozen=True)
+class ReferencePrompt:
+    """One prompt, and the trained model's logits and greedy answer."""
+
+    input_ids: list[int]  # [seq]
+    top_k_ids: list[list[int]]  # [seq, k], the most probable first
+    top_k_logits: list[list[float]]  # [seq, k]
+    greedy_ids: list[int]  # [answer]
+    margins: list[float]  # [answer]: top-1 logit minus top-2 logit before each token of the answer
+
+
+@dataclass(frozen=True)
+class Reference:
+    """All of reference.json."""
+
+    prompts: list[ReferencePrompt]
+    tolerance: Tolerance
+
+
+def read_reference(bundle_dir: Path | str) -> Reference:
+    """The reference of the bundle in `bundle_dir`.
+
+    Raises:
+        MissingFileError: there is no reference.json.
+        FormatError: it has no prompts, or its fields or their lengths are not as the format says.
+    """
+    return _parse(load_object(Path(bundle_dir) / REFERENCE))
+
+
+def write_reference(bundle_dir: Path | str, reference: Reference) -> None:
+    """Put reference.json into the folder, atomically. Raises FormatError where it could not be read back."""
+    tolerance = reference.tolerance
+    value = {
+        "prompts": [
+            {
+                "input_ids": prompt.input_ids,
+                "greedy_ids": prompt.greedy_ids,
+                "margins": prompt.margins,
+                "top_k": {"ids": prompt.top_k_ids, "logits": prompt.top_k_logits},
+            }
+            for prompt in reference.prompts
+        ],
+        "tolerance": {
+            "max_logit": tolerance.max_logit,
+            "min_top1": tolerance.min_top1,
+            "greedy_margin": tolerance.greedy_margin,
+        },
+    }
+    _parse(value)
+    write_atomic(Path(bundle_dir) / REFERENCE, dump(value))
+
+
+def _parse(value: JsonObject) -> Reference:
+    fields = Fields(value, REFERENCE, {"prompts", "tolerance"})
+    prompts = fields.take(
+        "prompts", "a list of at least one prompt", lambda v: isinstance(v, list) and len(v) > 0
+    )
+    tolerance = Fields(
+        fields.object("tolerance"), f"{REFERENCE}: tolerance", {"max_logit", "min_top1", "greedy_margin"}
+    )
+    return Reference(
+        prompts=[
+            _parse_prompt(prompt, f"{REFERENCE}: prompts[{index}]") for index, prompt in enumerate(prompts)
+        ],
+        tolerance=Tolerance(
+            max_logit=tolerance.number("max_logit"),
+            min_top1=tolerance.number("min_top1"),
+            greedy_margin=tolerance.number("greedy_margin"),
+        ),
+    )
+
+
+def _parse_prompt(value: Any, where: str) -> ReferencePrompt:
+    fields = Fields(value, where, {"input_ids", "greedy_ids", "margins", "top_k"})
+    top_k = Fields(fields.object("top_k"), f"{where}: top_k", {"ids", "logits"})
+    ids, numbers = is_list_of(is_count), is_list_of(is_number)
+    prompt = ReferencePrompt(
+        input_ids=fields.take("input_ids", "a list of token ids", lambda v: ids(v) and len(v) > 0),
+        greedy_ids=fields.take("greedy_ids", "a list of token ids", ids),
+        margins=fields.take("margins", "a list of numbers", numbers),
+        top_k_ids=top_k.take("ids", "a list of token ids for each position", is_list_of(ids)),
+        top_k_logits=top_k.take("logits", "a list of logits for each position", is_list_of(numbers)),
+    )
+    k = len(prompt.top_k_ids[0]) if prompt.top_k_ids else 0
+    rows = [*map(len, prompt.top_k_ids), *map(len, prompt.top_k_logits)]
+    if k == 0 or rows != [k] * (2 * len(prompt.input_ids)) or len(prompt.margins) != len(prompt.greedy_ids):
+        raise FormatError(
+            f"{where}: lengths disagree. Expected: top_k.ids and top_k.logits of "
+            f"[{len(prompt.input_ids)}, k] for the input_ids, and one margin for each of the "
+            f"{len(prompt.greedy_ids)} greedy_ids. Export again."
+        )
+    return prompt

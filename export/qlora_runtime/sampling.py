@@ -1,0 +1,136 @@
+"""Choosing the next token: the same adjustments, in the same order, as transformers' `generate`.
+
+Repetition penalty, then temperature, then top-k, then top-p, then one draw.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from qlora_runtime.decoder import FloatArray
+from qlora_runtime.errors import ArgumentError, ModelOutputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn and where it ends.
+
+    Raises:
+        ArgumentError: a value outside the range stated beside it.
+    """
+
+    max_new_tokens: int = 256  # at least 1
+    temperature: float = 0.0  # 0: always the most probable token; else above 0
+    top_k: int = 0  # keep the k most probable tokens; 0: keep all
+    top_p: float = 1.0  # keep the most probable tokens that make up this probability; above 0, up to 1
+    repetition_penalty: float = 1.0  # divides the logits of tokens already seen; above 0, 1 changes nothing
+    seed: int | None = None  # at least 0: the same seed draws the same tokens; None: other ones each time
+    stop: Sequence[str] = ()  # the answer ends before the first of these texts
+
+    def __post_init__(self) -> None:
+        _require(
+            "max_new_tokens", self.max_new_tokens, "an integer of at least 1", _is_int(self.max_new_tokens, 1)
+        )
+        _require("temperature", self.temperature, "0 or more", _in_range(self.temperature, 0.0, float("inf")))
+        _require("top_k", self.top_k, "an integer, 0 (all tokens) or more", _is_int(self.top_k, 0))
+        _require(
+            "top_p", self.top_p, "above 0 and up to 1", _in_range(self.top_p, 0.0, 1.0) and self.top_p > 0
+        )
+        penalty = self.repetition_penalty
+        _require(
+            "repetition_penalty", penalty, "above 0", _in_range(penalty, 0.0, float("inf")) and penalty > 0
+        )
+        _require(
+            "seed", self.seed, "None or an integer of at least 0", self.seed is None or _is_int(self.seed, 0)
+        )
+        texts = not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop)
+        _require("stop", self.stop, "a list of non-empty strings", texts)
+
+
+class Sampler:
+    """Draws the tokens of one answer."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+
+    def choose(self, history: Sequence[int], logits: FloatArray) -> int:
+        """The next token id. history: the prompt and answer so far; logits: [vocab] float32.
+
+        Raises:
+            ModelOutputError: the logits are not all finite.
+        """
+        if not np.isfinite(logits).all():
+            raise ModelOutputError(
+                f"the model gave {np.count_nonzero(~np.isfinite(logits))} logits that are NaN or "
+                f"infinite, after {len(history)} tokens. The weights or the profile overflow: verify "
+                "the bundle, export again."
+            )
+        scores = adjust(self._sampling, history, logits)
+        if self._sampling.temperature == 0:
+            return int(scores.argmax())
+        return self._draw(scores)
+
+    def _draw(self, scores: FloatArray) -> int:
+        """One token with the probabilities softmax(scores), by inverting their running sum."""
+        weights = np.exp(scores.astype(np.float64) - scores.max())
+        running = weights.cumsum()
+        index = np.searchsorted(running, self._random.random() * running[-1], side="right")
+        return int(min(index, np.flatnonzero(weights)[-1]))
+
+
+def adjust(sampling: Sampling, history: Sequence[int], logits: FloatArray) -> FloatArray:
+    """The scores to draw from, [vocab] float32, with -inf for tokens that are out.
+
+    `logits` stays as it is.
+    """
+    scores = logits.astype(np.float32, copy=True)
+    if sampling.repetition_penalty != 1.0 and len(history):
+        penalize_repetition(scores, history, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return scores
+    scores /= np.float32(sampling.temperature)
+    if 0 < sampling.top_k < scores.size:
+        keep_top_k(scores, sampling.top_k)
+    if sampling.top_p < 1.0:
+        keep_top_p(scores, sampling.top_p)
+    return scores
+
+
+def penalize_repetition(scores: FloatArray, history: Sequence[int], penalty: float) -> None:
+    """In place: make every token in `history` less probable, whatever its score's sign."""
+    seen = np.unique(np.asarray(history, dtype=np.int64))
+    scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+
+
+def keep_top_k(scores: FloatArray, k: int) -> None:
+    """In place: drop all scores below the k-th highest; equals of the k-th stay."""
+    threshold = np.partition(scores, -k)[-k]
+    scores[scores < threshold] = -np.inf
+
+
+def keep_top_p(scores: FloatArray, p: float) -> None:
+    """In place: drop the least probable tokens, as many as together have at most probability 1 - p."""
+    ascending = scores.argsort(kind="stable")
+    weights = np.exp(scores[ascending] - scores.max())
+    running = (weights / weights.sum()).cumsum()
+    drop = running <= 1.0 - p
+    drop[-1] = False  # the most probable token always stays
+    scores[ascending[drop]] = -np.inf
+
+
+def _require(name: str, value: Any, allowed: str, holds: bool) -> None:
+    if not holds:
+        raise ArgumentError(f"{name} is {value!r}, allowed is {allowed}.")
+
+
+def _is_int(value: Any, lowest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+
+
+def _in_range(value: Any, low: float, high: float) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and isfinite(value) and low <= value <= high

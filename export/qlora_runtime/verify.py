@@ -1,0 +1,149 @@
+"""Does the bundle still answer as the trained model did? Its reference.json is run again and compared."""
+
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_runtime.bundle import Bundle
+from qlora_runtime.errors import BundleError, ForeignFileError
+from qlora_runtime.manifest import find_problems
+from qlora_runtime.reference import Reference, ReferencePrompt, Tolerance, read_reference
+from qlora_runtime.sampling import Sampling
+from qlora_runtime.schema import read_manifest
+
+
+@dataclass
+class Report:
+    """What verifying found. It passed where `reasons` is empty."""
+
+    reasons: list[str] = field(default_factory=list)  # why it failed, one sentence each
+    prompts: int = 0
+    positions: int = 0
+    max_logit_difference: float | None = None  # the largest, over all stored logits; None: not run
+    top1_agreement: float | None = None  # share of positions with the same most probable token
+    greedy_tokens_compared: int = 0
+    greedy_tokens_equal: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """True where nothing was found wrong."""
+        return not self.reasons
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, with `passed` first."""
+        return {"passed": self.passed, "reasons": self.reasons} | self.distances()
+
+    def distances(self) -> dict[str, Any]:
+        """The measured numbers, as a manifest's `verification.distances` keeps them; null for NaN."""
+        numbers = {key: value for key, value in asdict(self).items() if key != "reasons"}
+        return {key: value if value is None or isfinite(value) else None for key, value in numbers.items()}
+
+
+@dataclass(frozen=True)
+class _Distance:
+    """How far one prompt's logits are: the largest difference, and how many top tokens are the same."""
+
+    max_logit: float
+    same_top1: int
+
+
+def verify_directory(path: Path | str, threads: int | None = None) -> Report:
+    """Open the bundle at `path` and verify it. Damaged files fail the report instead of raising.
+
+    Raises:
+        BundleError: the folder has no manifest that can be read, or files that are intact cannot be run.
+    """
+    directory = Path(path)
+    if problems := list(find_problems(directory, read_manifest(directory))):
+        return Report(reasons=[str(problem) for problem in problems])
+    return verify(Bundle.open(directory, check_hashes=False, threads=threads), check_hashes=False)
+
+
+def verify(bundle: Bundle, check_hashes: bool = True) -> Report:
+    """Check the files' hashes again, then run every prompt of reference.json and hold it to its tolerance.
+
+    Where files disagree with the manifest, the model is not run.
+
+    Raises:
+        MissingFileError, FormatError: reference.json is missing or not as the format says.
+        ForeignFileError: reference.json has tokens or prompts that this model cannot have.
+    """
+    if check_hashes and (problems := list(find_problems(bundle.directory, bundle.manifest))):
+        return Report(reasons=[str(problem) for problem in problems])
+    return compare(bundle, read_reference(bundle.directory))
+
+
+def compare(bundle: Bundle, reference: Reference) -> Report:
+    """The bundle against a reference, which need not be the one it ships with."""
+    for index, prompt in enumerate(reference.prompts):
+        _check_fits(bundle, index, prompt)
+    report = Report(prompts=len(reference.prompts))
+    distances = [_compare_logits(bundle, prompt) for prompt in reference.prompts]
+    report.positions = sum(len(prompt.input_ids) for prompt in reference.prompts)
+    # np.max, unlike max, lets a NaN through; and a NaN is within no tolerance.
+    report.max_logit_difference = float(np.max([distance.max_logit for distance in distances]))
+    report.top1_agreement = sum(distance.same_top1 for distance in distances) / report.positions
+    report.reasons += _logit_reasons(report, reference.tolerance)
+    for index, prompt in enumerate(reference.prompts):
+        _compare_greedy(bundle, index, prompt, reference.tolerance, report)
+    return report
+
+
+def _compare_logits(bundle: Bundle, prompt: ReferencePrompt) -> _Distance:
+    logits = bundle.logits([prompt.input_ids])[0]  # [seq, vocab]
+    ids = np.array(prompt.top_k_ids, dtype=np.int64)  # [seq, k]
+    expected = np.array(prompt.top_k_logits, dtype=np.float64)  # [seq, k]
+    difference = np.abs(np.take_along_axis(logits, ids, axis=1) - expected)
+    expected_top1 = ids[np.arange(len(ids)), expected.argmax(axis=1)]  # [seq]
+    return _Distance(float(difference.max()), int((logits.argmax(axis=1) == expected_top1).sum()))
+
+
+def _logit_reasons(report: Report, tolerance: Tolerance) -> list[str]:
+    reasons = []
+    if report.max_logit_difference is None or not report.max_logit_difference <= tolerance.max_logit:
+        reasons.append(f"a logit differs by {report.max_logit_difference}, allowed is {tolerance.max_logit}.")
+    if report.top1_agreement is None or not report.top1_agreement >= tolerance.min_top1:
+        reasons.append(
+            f"the most probable token is the same at {report.top1_agreement} of the positions, required is "
+            f"{tolerance.min_top1}."
+        )
+    return reasons
+
+
+def _compare_greedy(
+    bundle: Bundle, index: int, prompt: ReferencePrompt, tolerance: Tolerance, report: Report
+) -> None:
+    """Greedy answers must be the same, up to the first token that the trained model itself won narrowly."""
+    narrow = [step for step, margin in enumerate(prompt.margins) if margin < tolerance.greedy_margin]
+    expected = prompt.greedy_ids[: narrow[0]] if narrow else prompt.greedy_ids
+    if not expected:
+        return
+    sampling = Sampling(max_new_tokens=len(expected))
+    report.greedy_tokens_compared += len(expected)
+    try:
+        for step, token in enumerate(bundle.stream(prompt.input_ids, sampling, stop_at_eos=False)):
+            if token != expected[step]:
+                report.reasons.append(
+                    f"prompt {index}: greedy token {step} is {token}, the trained model's is "
+                    f"{expected[step]}, which it won by {prompt.margins[step]:.3g} (compared from "
+                    f"{tolerance.greedy_margin} up)."
+                )
+                return
+            report.greedy_tokens_equal += 1
+    except BundleError as error:
+        report.reasons.append(f"prompt {index}: {error}")
+
+
+def _check_fits(bundle: Bundle, index: int, prompt: ReferencePrompt) -> None:
+    model = bundle.manifest.model
+    highest = max(*prompt.input_ids, *prompt.greedy_ids, *(max(row) for row in prompt.top_k_ids))
+    length = len(prompt.input_ids) + len(prompt.greedy_ids)
+    if highest >= model.vocab_size or length > model.context_length:
+        raise ForeignFileError(
+            f"reference.json: prompt {index} has token ids up to {highest} and {length} tokens with "
+            f"its answer; the model has {model.vocab_size} ids and a context of "
+            f"{model.context_length}. It is a file of another bundle: export again."
+        )
