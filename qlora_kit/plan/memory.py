@@ -1,0 +1,220 @@
+"""Where the memory of a run goes, in bytes: stored tensors exactly, activations roughly.
+
+"Exact" is what the tensors hold; allocators, CUDA's own context (about half a GB) and Python with its libraries
+(about 0.7 GB of host memory) come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qlora_kit.errors import AdapterError
+from qlora_kit.plan.shapes import Linear, ModelShapes, model_shapes
+from qlora_kit.plan.trained import find_targets, parameters_saved, trained_biases
+from qlora_kit.recipe import BaseSection, Recipe, TrainSection
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+Device = Literal["cuda", "cpu"]
+
+# bitsandbytes 0.50: blocks of 64 weights; with double quantization blocks of 256 statistics.
+_BLOCK, _NESTED_BLOCK = 64, 256
+_CODE_4BIT, _CODE_8BIT, _OFFSET = 16 * 4, 256 * 4, 4
+# bitsandbytes' 8-bit optimizers: blocks of 256, two code books a tensor, fp32 states below 4096 weights.
+_OPTIMIZER_BLOCK, _MIN_8BIT = 256, 4096
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of the memory. `exact` is False for estimates, which can be off by half."""
+
+    name: str
+    bytes: int
+    exact: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs on the device it trains on.
+
+    Attributes:
+        base_parameters: weights of the base model, a tied head counted once.
+        adapter_parameters: weights of all A and B.
+        trainable_parameters: these, and modules and biases trained in full.
+        targets: names of the linear layers that get an adapter.
+    """
+
+    model: str
+    architecture: str
+    device: Device
+    base_parameters: int
+    adapter_parameters: int
+    trainable_parameters: int
+    targets: list[str]
+    components: list[Component]
+
+    @property
+    def exact_bytes(self) -> int:
+        """Weights, adapter, gradients and optimizer states."""
+        return sum(part.bytes for part in self.components if part.exact)
+
+    @property
+    def rough_bytes(self) -> int:
+        """Activations, logits and the weight that is expanded for the moment of use."""
+        return sum(part.bytes for part in self.components if not part.exact)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.exact_bytes + self.rough_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`, totals included."""
+        totals = {"exact_bytes": self.exact_bytes, "rough_bytes": self.rough_bytes, "total_bytes": self.total_bytes}
+        return asdict(self) | totals
+
+
+def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Plan:
+    """The memory of a run from its recipe and the base model's config.json; loads nothing.
+
+    Args:
+        config: as in config.json of a Hugging Face model, see `find_config`.
+        device: where it trains; 8-bit and paged optimizers exist on CUDA only.
+
+    Raises:
+        ModelError: the architecture is unknown or the config incomplete.
+        AdapterError: target_modules or modules_to_save match nothing, or both match one layer.
+    """
+    shapes = model_shapes(config)
+    parameters = shapes.parameters()
+    targets = find_targets(shapes, recipe.adapter.target_modules)
+    saved = parameters_saved(parameters, shapes, recipe.adapter)
+    both = [linear.name for linear in targets if f"{linear.name}.weight" in saved]
+    if both:
+        raise AdapterError(
+            "a layer is both a target and a module to save", got=both[0], fix="Remove it from one of them"
+        )
+    lora = _lora_tensors(targets, recipe.adapter.rank)
+    in_full = saved | trained_biases(parameters, targets, recipe.adapter.bias)
+    new_rows = len(recipe.adapter.new_tokens) * shapes.hidden
+    in_full = {name: size + (new_rows if _is_vocabulary(name, shapes) else 0) for name, size in in_full.items()}
+    return Plan(
+        model=recipe.base.model,
+        architecture=config["model_type"],
+        device=device,
+        base_parameters=sum(parameters.values()),
+        adapter_parameters=sum(lora),
+        trainable_parameters=sum(lora) + sum(in_full.values()),
+        targets=[linear.name for linear in targets],
+        components=[
+            *_base(shapes, parameters, recipe.base, in_full, saved),
+            *_training(lora, list(in_full.values()), recipe, device),
+            *_activations(shapes, recipe),
+        ],
+    )
+
+
+def stored_bytes(weights: int, rows: int, base: BaseSection) -> int:
+    """Bytes in which bitsandbytes stores one linear weight: codes and all statistics.
+
+    Args:
+        weights: numbers in the weight.
+        rows: output features; int8 keeps one fp32 statistic a row (Dettmers et al. 2022).
+        base: its `quant` and `double_quant` (Dettmers et al. 2023, section 3).
+    """
+    if base.quant == "none":
+        return weights * BYTES[base.compute_dtype]
+    if base.quant == "int8":
+        return weights + 4 * rows
+    blocks = _ceil(weights, _BLOCK)
+    statistics = 4 * blocks
+    if base.double_quant:
+        statistics = blocks + 4 * _ceil(blocks, _NESTED_BLOCK) + _CODE_8BIT + _OFFSET
+    return _ceil(weights, 2) + statistics + _CODE_4BIT
+
+
+def optimizer_bytes(weights: int, kind: str, device: Device) -> int:
+    """Bytes of AdamW's two states of one trained tensor; an 8-bit kind on a CPU falls back to fp32 states."""
+    if "8bit" not in kind or device == "cpu" or weights < _MIN_8BIT:
+        return 8 * weights
+    return 2 * (weights + 4 * _ceil(weights, _OPTIMIZER_BLOCK) + _CODE_8BIT)
+
+
+def _lora_tensors(targets: list[Linear], rank: int) -> list[int]:
+    """Sizes of A [rank, in] and B [out, rank] of every target."""
+    return [rank * width for linear in targets for width in (linear.in_features, linear.out_features)]
+
+
+def _base(
+    shapes: ModelShapes, parameters: dict[str, int], base: BaseSection, in_full: dict[str, int], saved: dict[str, int]
+) -> Iterable[Component]:
+    """The base model's own tensors; what is trained in full is trained in place, and fp16 is too coarse for that."""
+    width = BYTES[base.compute_dtype]
+    in_place = max(width, 4) if base.compute_dtype == "fp16" else width
+
+    def plain(names: Iterable[str]) -> int:
+        return sum(in_full[name] * in_place if name in in_full else parameters[name] * width for name in names)
+
+    whole = [linear for linear in shapes.linears if f"{linear.name}.weight" in saved]
+    packed = [linear for linear in shapes.linears if linear not in whole]
+    bits = sum(stored_bytes(linear.weights, linear.out_features, base) for linear in packed)
+    label = base.quant + (", double" if base.double_quant and base.quant in ("nf4", "fp4") else "")
+    stored = f"{label}; {8 * bits / max(1, sum(linear.weights for linear in packed)):.2f} bits a weight"
+    yield Component("linear layers", bits, True, base.compute_dtype if base.quant == "none" else stored)
+    if whole:
+        yield Component("linear layers trained in full", plain(f"{linear.name}.weight" for linear in whole), True)
+    biases = plain(f"{linear.name}.bias" for linear in shapes.linears if linear.bias)
+    yield Component("embeddings", plain(shapes.embeddings), True, base.compute_dtype)
+    head = 0 if shapes.tied else plain([f"{shapes.head.name}.weight"])
+    yield Component("output head", head, True, "tied to the embedding" if shapes.tied else base.compute_dtype)
+    yield Component("norms and biases", plain(shapes.norms) + biases, True, base.compute_dtype)
+
+
+def _training(lora: list[int], in_full: list[int], recipe: Recipe, device: Device) -> Iterable[Component]:
+    adapter, train = recipe.adapter, recipe.train
+    full_dtype = "fp32" if recipe.base.compute_dtype == "fp16" else recipe.base.compute_dtype
+    tensors = [(size, adapter.dtype) for size in lora] + [(size, full_dtype) for size in in_full]
+    yield Component("adapter", sum(lora) * BYTES[adapter.dtype], True, f"rank {adapter.rank}, {adapter.dtype}")
+    low = sum(2 * size for size, dtype in tensors if dtype == "bf16") if adapter.keep_precision else 0
+    yield Component("low bits of bf16 weights", low, True, "keep_precision: exact fp32 together with the weight")
+    yield Component("gradients", sum(size * BYTES[dtype] for size, dtype in tensors), True, "in the weight's dtype")
+    states = sum(optimizer_bytes(size, train.optimizer, device) for size, _ in tensors)
+    yield Component("optimizer states", states, True, _optimizer_note(train, device))
+
+
+def _optimizer_note(train: TrainSection, device: Device) -> str:
+    if device == "cpu" and train.optimizer != "adamw":
+        return f"torch AdamW, fp32 ({train.optimizer} needs CUDA)"
+    return train.optimizer + (", may move to host memory" if train.optimizer.startswith("paged") else "")
+
+
+def _activations(shapes: ModelShapes, recipe: Recipe) -> Iterable[Component]:
+    """Rough: what autograd keeps for the backward pass of one micro-batch, with fused attention."""
+    width, train = BYTES[recipe.base.compute_dtype], recipe.train
+    tokens = train.micro_batch_size * recipe.data.max_seq_len
+    first = shapes.linears[: len(shapes.linears) // shapes.layers]
+    kept = sum(linear.out_features for linear in first) + shapes.attention_width + 2 * shapes.intermediate
+    norms = 2 * shapes.hidden * (4 + 2 * width)  # each norm keeps its input in fp32 and both results
+    layer = tokens * (kept * width + norms)
+    if train.gradient_checkpointing:
+        stored, note = (
+            shapes.layers * tokens * shapes.hidden * width + layer,
+            "checkpointed: layer inputs and one layer",
+        )
+    else:
+        stored, note = shapes.layers * layer, "all layers, no checkpointing"
+    yield Component("activations", stored, False, f"{tokens} tokens; {note}")
+    logits = tokens * shapes.vocab * (2 * width + 8)
+    yield Component("logits and loss", logits, False, "with gradients, and once in fp32")
+    largest = max((linear.weights for linear in shapes.linears), default=0)
+    expanded = 0 if recipe.base.quant == "none" else largest * (width + 4)
+    yield Component("weight expanded for use", expanded, False, "one layer at a time")
+
+
+def _is_vocabulary(name: str, shapes: ModelShapes) -> bool:
+    return name in (next(iter(shapes.embeddings)), f"{shapes.head.name}.weight")
+
+
+def _ceil(total: int, size: int) -> int:
+    return -(-total // size)

@@ -1,0 +1,53 @@
+"""A plan as a table in the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_kit.plan.memory import Plan
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Prints every component in bytes that people read, exact ones first, and both sums."""
+    counts = f"{_count(plan.base_parameters)} base weights, {_count(plan.trainable_parameters)} trained"
+    table = Table(title=f"{plan.model}: {counts}, on {plan.device}", title_justify="left")
+    table.add_column("memory")
+    table.add_column("size", justify="right")
+    table.add_column("how")
+    for part in (*_parts(plan, exact=True), ("stored", plan.exact_bytes, "exact"), None):
+        _add(table, part)
+    for part in (*_parts(plan, exact=False), ("in use", plan.rough_bytes, "rough estimate, can be off by half"), None):
+        _add(table, part)
+    _add(table, ("total", plan.total_bytes, "without CUDA's context, Python and its libraries"))
+    console.print(table)
+
+
+def _parts(plan: Plan, exact: bool) -> list[tuple[str, int, str]]:
+    return [(part.name, part.bytes, part.note) for part in plan.components if part.exact is exact]
+
+
+def _add(table: Table, part: tuple[str, int, str] | None) -> None:
+    if part is None:
+        table.add_section()
+        return
+    name, size, note = part
+    strong = "bold" if name in ("stored", "in use", "total") else ""
+    table.add_row(name, format_bytes(size), note, style=strong)
+
+
+def format_bytes(size: int) -> str:
+    """1536 as `1.5 KiB`: the largest binary unit in which the number is at least 1."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} TiB"
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return str(number)

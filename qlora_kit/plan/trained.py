@@ -1,0 +1,69 @@
+"""What of a model is trained: the layers that get an adapter, and the parameters that are trained in full."""
+
+from __future__ import annotations
+
+import re
+
+from qlora_kit.errors import AdapterError
+from qlora_kit.plan.shapes import Linear, ModelShapes
+from qlora_kit.recipe import AdapterSection
+
+
+def find_targets(shapes: ModelShapes, wanted: str | list[str]) -> list[Linear]:
+    """The linear layers `adapter.target_modules` means: all-linear, a regular expression, or name endings.
+
+    Raises:
+        AdapterError: nothing matches, a listed name matches nothing, or the expression is not valid.
+    """
+    if wanted == "all-linear":
+        return shapes.linears
+    linears = [*shapes.linears, shapes.head]
+    endings = ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in linears}))
+    if isinstance(wanted, str):
+        try:
+            found = [linear for linear in linears if re.fullmatch(wanted, linear.name)]
+        except re.error as error:
+            raise AdapterError(f"adapter.target_modules is no regular expression: {error}", got=wanted) from None
+        if not found:
+            raise AdapterError("adapter.target_modules matches no layer", got=wanted, allowed=endings)
+        return found
+    for entry in wanted:
+        if not any(_ends_with(linear.name, entry) for linear in linears):
+            raise AdapterError("adapter.target_modules matches no layer", got=entry, allowed=endings)
+    return [linear for linear in linears if any(_ends_with(linear.name, entry) for entry in wanted)]
+
+
+def parameters_saved(parameters: dict[str, int], shapes: ModelShapes, adapter: AdapterSection) -> dict[str, int]:
+    """Parameters below `modules_to_save` and, with `new_tokens`, of the vocabulary; a tied weight once.
+
+    Raises:
+        AdapterError: a name matches no module.
+    """
+    wanted = list(adapter.modules_to_save)
+    embedding = next(iter(shapes.embeddings)).removesuffix(".weight")
+    if adapter.new_tokens:
+        wanted += [embedding, shapes.head.name]
+    modules = {name.rsplit(".", depth)[0] for name in parameters for depth in range(1, name.count(".") + 1)}
+    found: set[str] = set()
+    for entry in wanted:
+        matches = {module for module in modules | {shapes.head.name} if _ends_with(module, entry)}
+        if not matches:
+            endings = ", ".join(
+                sorted({module.rsplit(".", 1)[-1] for module in modules} - {str(i) for i in range(999)})
+            )
+            raise AdapterError("adapter.modules_to_save matches no module", got=entry, allowed=endings)
+        found |= {embedding} if shapes.tied and shapes.head.name in matches else set()
+        found |= matches
+    return {name: size for name, size in parameters.items() if any(name.startswith(f"{module}.") for module in found)}
+
+
+def trained_biases(parameters: dict[str, int], targets: list[Linear], kind: str) -> dict[str, int]:
+    """The base's biases that `adapter.bias` trains: none, those of the targets (lora_only), or all."""
+    if kind == "all":
+        return {name: size for name, size in parameters.items() if name.endswith("bias")}
+    of_targets = {f"{linear.name}.bias" for linear in targets} if kind == "lora_only" else set()
+    return {name: size for name, size in parameters.items() if name in of_targets}
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")

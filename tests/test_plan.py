@@ -1,0 +1,354 @@
+"""The plan's arithmetic against models that transformers and bitsandbytes really build."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_kit.errors import AdapterError, ModelError
+from qlora_kit.plan import ARCHITECTURES, Plan, find_config, model_shapes, plan, print_plan
+from qlora_kit.plan.memory import optimizer_bytes
+from qlora_kit.recipe import BaseSection, Recipe
+from qlora_kit.recipe_file import parse_recipe
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 40,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+GPT2: dict[str, Any] = {"vocab_size": 160, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 32}
+CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", LLAMA),
+    ("llama", LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ("llama", {key: value for key, value in LLAMA.items() if key not in ("head_dim", "num_key_value_heads")}),
+    ("mistral", LLAMA),
+    ("qwen2", {key: value for key, value in LLAMA.items() if key != "head_dim"}),
+    ("qwen3", LLAMA),
+    ("gemma", LLAMA),
+    ("gemma2", LLAMA),
+    ("gemma3_text", LLAMA),
+    ("phi3", {key: value for key, value in LLAMA.items() if key != "head_dim"}),
+    ("gpt2", GPT2),
+    ("gpt2", GPT2 | {"n_inner": 100, "tie_word_embeddings": False}),
+]
+
+
+def recipe_of(**sections: dict[str, Any]) -> Recipe:
+    tree: dict[str, Any] = {
+        "run": {"name": "plan"},
+        "base": {"model": "tiny"},
+        "data": {"train": "t.jsonl", "max_seq_len": 16},
+        "train": {"max_steps": 1},
+    }
+    return parse_recipe(tree | {name: tree.get(name, {}) | section for name, section in sections.items()})
+
+
+def tiny_model(kind: str, options: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    config = AutoConfig.for_model(kind, **options)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config), json.loads(config.to_json_string(use_diff=True))
+
+
+def parts(found: Plan) -> dict[str, int]:
+    return {part.name: part.bytes for part in found.components}
+
+
+@pytest.mark.parametrize(("kind", "options"), CONFIGS)
+def test_names_and_sizes_are_those_of_the_model(kind: str, options: dict[str, Any]) -> None:
+    model, config = tiny_model(kind, options)
+    shapes = model_shapes(config)
+    assert shapes.parameters() == {name: parameter.numel() for name, parameter in model.named_parameters()}
+    layers = {name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
+    assert {linear.name for linear in [*shapes.linears, shapes.head]} == layers
+
+
+def test_every_architecture_is_compared_with_a_model() -> None:
+    assert {kind for kind, _ in CONFIGS} == set(ARCHITECTURES)
+
+
+@pytest.fixture(scope="module")
+def saved_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"quant": "nf4", "double_quant": True},
+        {"quant": "nf4", "double_quant": False},
+        {"quant": "fp4", "double_quant": True},
+        {"quant": "int8"},
+        {"quant": "none", "compute_dtype": "fp32"},
+    ],
+    ids=lambda base: "-".join(str(value) for value in base.values()),
+)
+def test_base_bytes_are_those_bitsandbytes_stores(base: dict[str, Any], saved_llama: Path) -> None:
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if base["quant"] in ("nf4", "fp4"):
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": base["quant"]}
+        options["bnb_4bit_use_double_quant"] = base["double_quant"]
+    quantization = None if base["quant"] == "none" else BitsAndBytesConfig(**options)
+    dtype = torch.float32 if base.get("compute_dtype") == "fp32" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(
+        saved_llama, dtype=dtype, quantization_config=quantization, device_map="cpu"
+    )
+    tensors = list(model.parameters())
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code]
+            tensors += [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+        elif getattr(weight, "SCB", None) is not None:
+            tensors.append(weight.SCB)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    found = plan(recipe_of(base={"model": "tiny", **base}), find_config(BaseSection(model=str(saved_llama))))
+    names = ("linear layers", "embeddings", "output head", "norms and biases")
+    assert sum(parts(found)[name] for name in names) == stored
+
+
+@pytest.mark.parametrize("weights", [100, 4095, 4096, 5000, 8192])
+@pytest.mark.parametrize("kind", ["adamw_8bit", "adamw"])
+def test_optimizer_bytes_are_those_of_bitsandbytes(weights: int, kind: str) -> None:
+    import bitsandbytes
+
+    parameter = torch.nn.Parameter(torch.zeros(weights))
+    parameter.grad = torch.ones(weights)
+    make = bitsandbytes.optim.AdamW8bit if kind == "adamw_8bit" else torch.optim.AdamW
+    optimizer = make([parameter], lr=1e-3)
+    optimizer.step()
+    entries = [value for key, value in optimizer.state[parameter].items() if key != "step"]
+    assert optimizer_bytes(weights, kind, "cuda") == sum(entry.numel() * entry.element_size() for entry in entries)
+
+
+def test_adapter_arithmetic_by_hand() -> None:
+    config = LLAMA | {"model_type": "llama"}
+    adapter = {"rank": 4, "target_modules": ["q_proj", "v_proj"]}
+    found = plan(recipe_of(adapter=adapter, train={"max_steps": 1, "optimizer": "adamw"}), config)
+    weights = 2 * 4 * ((96 + 160) + (96 + 80))
+    assert found.adapter_parameters == found.trainable_parameters == weights
+    assert len(found.targets) == 4
+    sizes = parts(found)
+    assert sizes["adapter"] == sizes["low bits of bf16 weights"] == sizes["gradients"] == 2 * weights
+    assert sizes["optimizer states"] == 8 * weights
+    in_fp32 = parts(plan(recipe_of(adapter=adapter | {"dtype": "fp32"}), config))
+    assert in_fp32["adapter"] == in_fp32["gradients"] == 4 * weights and in_fp32["low bits of bf16 weights"] == 0
+    assert parts(plan(recipe_of(adapter=adapter | {"keep_precision": False}), config))["low bits of bf16 weights"] == 0
+
+
+@pytest.mark.parametrize("name", ["all-linear", r".*\.(q|k)_proj", ["down_proj"], ["model.layers.1.mlp.up_proj"]])
+def test_targets_match_names_as_peft_does(name: str | list[str]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, config = tiny_model("llama", LLAMA)
+    targets = plan(recipe_of(adapter={"target_modules": name}), config).targets
+    wrapped = get_peft_model(model, LoraConfig(target_modules=name, task_type="CAUSAL_LM"))  # type: ignore[arg-type]
+    ends = "base_model.model.", ".lora_A.default"
+    found = [
+        key.removeprefix(ends[0]).removesuffix(ends[1]) for key, _ in wrapped.named_modules() if key.endswith(ends[1])
+    ]
+    assert targets == found
+
+
+def test_what_is_trained_in_full_counts() -> None:
+    config = LLAMA | {"model_type": "llama", "tie_word_embeddings": True}
+    lora = plan(recipe_of(), config)
+    vocabulary = 160 * 96
+    tied = plan(recipe_of(adapter={"modules_to_save": ["lm_head"]}), config)
+    assert tied.trainable_parameters - lora.trainable_parameters == vocabulary
+    grown = plan(recipe_of(adapter={"new_tokens": ["<a>", "<b>"]}), config)
+    assert grown.trainable_parameters - lora.trainable_parameters == vocabulary + 2 * 96
+    assert parts(grown)["embeddings"] == 2 * (vocabulary + 2 * 96)
+    untied = plan(recipe_of(adapter={"new_tokens": ["<a>"]}), config | {"tie_word_embeddings": False})
+    assert untied.trainable_parameters - lora.trainable_parameters == 2 * (vocabulary + 96)
+    norm = plan(recipe_of(adapter={"modules_to_save": ["norm"]}), config)
+    assert norm.trainable_parameters - lora.trainable_parameters == 96
+
+
+def test_a_linear_layer_trained_in_full_is_not_quantized() -> None:
+    adapter = {"target_modules": ["q_proj"], "modules_to_save": ["down_proj"]}
+    found = plan(recipe_of(adapter=adapter), LLAMA | {"model_type": "llama"})
+    assert parts(found)["linear layers trained in full"] == 2 * 2 * 200 * 96
+
+
+def test_fp16_trains_whole_modules_in_fp32() -> None:
+    base, adapter = {"model": "tiny", "compute_dtype": "fp16"}, {"modules_to_save": ["embed_tokens"]}
+    found = plan(recipe_of(base=base, adapter=adapter), LLAMA | {"model_type": "llama"})
+    assert parts(found)["embeddings"] == 4 * 160 * 96
+    assert parts(found)["output head"] == 2 * 160 * 96
+
+
+@pytest.mark.parametrize(("bias", "extra"), [("none", 0), ("lora_only", 2 * 3 * 48), ("all", 1)])
+def test_trained_biases(bias: str, extra: int) -> None:
+    model, config = tiny_model("gpt2", GPT2)
+    without = plan(recipe_of(adapter={"target_modules": ["c_attn"]}), config).trainable_parameters
+    found = plan(recipe_of(adapter={"target_modules": ["c_attn"], "bias": bias}), config).trainable_parameters
+    if bias == "all":
+        extra = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith("bias"))
+    assert found - without == extra
+
+
+def test_eight_bit_optimizer_needs_cuda() -> None:
+    config = LLAMA | {"model_type": "llama"}
+    recipe = recipe_of(adapter={"rank": 64})
+    on_cpu, on_cuda = plan(recipe, config, "cpu"), plan(recipe, config)
+    assert parts(on_cpu)["optimizer states"] == 8 * on_cpu.trainable_parameters
+    assert parts(on_cuda)["optimizer states"] < parts(on_cpu)["optimizer states"] / 3
+    note = next(part.note for part in on_cpu.components if part.name == "optimizer states")
+    assert "needs CUDA" in note
+
+
+def test_activation_estimate_is_near_what_autograd_keeps() -> None:
+    """Unquantized, so that what the graph keeps is activations and not expanded weights."""
+    options = LLAMA | {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **options), dtype=torch.bfloat16)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.model(torch.zeros(2, 64, dtype=torch.long)).last_hidden_state
+    recipe = recipe_of(
+        data={"train": "t", "max_seq_len": 64},
+        train={"max_steps": 1, "micro_batch_size": 2, "gradient_checkpointing": False},
+    )
+    estimate = parts(plan(recipe, options | {"model_type": "llama"}))["activations"]
+    assert hidden.requires_grad and 0.5 < estimate / sum(kept.values()) < 2
+
+
+def test_checkpointing_saves() -> None:
+    config = LLAMA | {"model_type": "llama", "num_hidden_layers": 12}
+    sizes = [
+        parts(plan(recipe_of(train={"max_steps": 1, "gradient_checkpointing": on}), config))["activations"]
+        for on in (True, False)
+    ]
+    assert sizes[0] < sizes[1] / 5
+
+
+def test_json_and_table_name_the_sums() -> None:
+    found = plan(recipe_of(), LLAMA | {"model_type": "llama"})
+    tree = json.loads(json.dumps(found.to_json()))
+    assert (
+        tree["total_bytes"]
+        == tree["exact_bytes"] + tree["rough_bytes"]
+        == sum(part["bytes"] for part in tree["components"])
+    )
+    console = Console(file=StringIO(), width=140)
+    print_plan(found, console)
+    assert isinstance(console.file, StringIO)
+    text = console.file.getvalue()
+    for word in ("linear layers", "nf4, double", "optimizer states", "rough", "total", "KiB"):
+        assert word in text
+
+
+def write_gguf(path: Path, tied: bool) -> None:
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(1)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(24)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_context_length(32)
+    for name, shape in {"token_embd.weight": (40, 8), "blk.0.attn_q.bias": (8,), "output.weight": (40, 8)}.items():
+        if not (tied and name == "output.weight"):
+            writer.add_tensor(name, np.zeros(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_config_of_a_gguf_file(tied: bool, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tied)
+    config = find_config(BaseSection(model=str(tmp_path / "tiny.gguf")))
+    options = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 24, "num_hidden_layers": 1}
+    options |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    model, _ = tiny_model("qwen2", options)
+    assert model_shapes(config).parameters() == {name: item.numel() for name, item in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("none.gguf", None, "no such GGUF file"),
+        ("bad.gguf", b"not a model at all, whatever", "not a readable GGUF model"),
+        ("bad.gguf", b"", "not a readable GGUF model"),
+        ("model.bin", b"x", "a hub id, a folder or a .gguf file"),
+        ("nowhere", None, "a hub id, a folder or a .gguf file"),
+        ("folder/config.json", b"{", "is not JSON"),
+        ("folder/config.json", b"[]", "holds no config"),
+        ("folder/other.json", b"{}", r"has no config\.json"),
+    ],
+)
+def test_a_config_that_cannot_be_found(name: str, content: bytes | None, match: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    model = path.parent if "/" in name else path
+    with pytest.raises(ModelError, match=match):
+        find_config(BaseSection(model=str(model)))
+
+
+def test_a_hub_that_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("offline, and nothing cached\nmore")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(ModelError, match=r"base\.model a/b: .*\(offline, and nothing cached\)"):
+        find_config(BaseSection(model="a/b"))
+
+
+def test_a_hub_config_is_plain_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: AutoConfig.for_model("llama", **LLAMA))
+    assert model_shapes(find_config(BaseSection(model="a/b"))).hidden == 96
+
+
+@pytest.mark.parametrize(
+    ("error", "config", "adapter", "match"),
+    [
+        (ModelError, {"model_type": "t5"}, {}, r"architecture \(got 't5'\)\. Allowed: llama, mistral"),
+        (ModelError, {}, {}, r"architecture \(got None\)"),
+        (ModelError, {"model_type": "llama"}, {}, "no usable hidden_size"),
+        (ModelError, LLAMA | {"model_type": "llama", "vocab_size": "many"}, {}, "vocab_size.*'many'"),
+        (AdapterError, None, {"target_modules": ["w_proj"]}, "matches no layer.*'w_proj'.*Allowed: down_proj"),
+        (AdapterError, None, {"target_modules": "nothing"}, "matches no layer"),
+        (AdapterError, None, {"target_modules": "("}, "no regular expression"),
+        (AdapterError, None, {"modules_to_save": ["score"]}, "modules_to_save matches no module.*'score'"),
+        (AdapterError, None, {"modules_to_save": ["q_proj"]}, "both a target and a module to save"),
+    ],
+)
+def test_wrong_input_is_named(error: type[Exception], config: dict | None, adapter: dict, match: str) -> None:
+    with pytest.raises(error, match=match):
+        plan(recipe_of(adapter=adapter), LLAMA | {"model_type": "llama"} if config is None else config)
+
+
+def test_planning_imports_no_torch() -> None:
+    script = "import sys, qlora_kit.plan; raise SystemExit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
