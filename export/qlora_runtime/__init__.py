@@ -1,6 +1,10 @@
 """Open, check, verify and run an ONNX bundle on a CPU, without torch.
 
-The names below are loaded on first use, so that `qlora-runtime --help` does not pay for onnxruntime.
+The names below are loaded on first use, so that `qlora-runtime --help` does not pay for onnxruntime. Two
+functions are named like their modules and are taken from there:
+
+    from qlora_runtime.generate import generate
+    from qlora_runtime.verify import verify
 """
 
 from importlib import import_module
@@ -9,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora_runtime.bundle import Bundle
     from qlora_runtime.errors import BundleError
-    from qlora_runtime.generate import Completion, TextStream, generate, stream_text
+    from qlora_runtime.generate import Completion, TextStream, stream_text
     from qlora_runtime.manifest import check_files, sha256_file, write_manifest
     from qlora_runtime.reference import Reference, ReferencePrompt, Tolerance, read_reference, write_reference
     from qlora_runtime.sampling import Sampling
     from qlora_runtime.schema import FileRecord, Manifest, ModelInfo, Provenance, Verification, read_manifest
-    from qlora_runtime.verify import Report, verify, verify_directory
+    from qlora_runtime.verify import Report, compare, verify_directory
 
 __version__ = "0.1.0"
 
@@ -34,12 +38,11 @@ _HOME = {
     "Tolerance": "reference",
     "Verification": "schema",
     "check_files": "manifest",
-    "generate": "generate",
+    "compare": "verify",
     "read_manifest": "schema",
     "read_reference": "reference",
     "sha256_file": "manifest",
     "stream_text": "generate",
-    "verify": "verify",
     "verify_directory": "verify",
     "write_manifest": "manifest",
     "write_reference": "reference",
@@ -61,12 +64,11 @@ __all__ = [
     "Tolerance",
     "Verification",
     "check_files",
-    "generate",
+    "compare",
     "read_manifest",
     "read_reference",
     "sha256_file",
     "stream_text",
-    "verify",
     "verify_directory",
     "write_manifest",
     "write_reference",

@@ -1,4 +1,4 @@
-"""The bundle's logits are the torch model's; padding on the right changes nothing, on the left it is refused."""
+"""The bundle's logits are the torch model's; right padding changes nothing, left padding is refused."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_right_padded_batch_equals_single_rows(bundle):
 
 @pytest.mark.parametrize("row", [[0, 0, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0]])
 def test_masks_that_are_not_right_padded_are_refused(bundle, row):
-    with pytest.raises(PaddingError, match="row 1 .*Only right padding"):
+    with pytest.raises(PaddingError, match=r"row 1 .*Only right padding"):
         bundle.logits(random_ids(0, 2, 4), np.array([[1, 1, 1, 1], row]))
 
 
