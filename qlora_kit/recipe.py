@@ -69,8 +69,8 @@ class AdapterSection(Section):
 class DataSource(Section):
     path: Annotated[str, Field(min_length=1)]
     """File (.jsonl .json .csv .parquet), a folder's glob is not expanded; or a `datasets` hub id."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of rows drawn from this source, relative to the others."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of rows drawn from this source, relative to the others; every row once when no source gives one."""
     split: str = "train"
     """Split of a hub id."""
     schema_: Annotated[Schema | None, Field(alias="schema")] = None
@@ -117,7 +117,7 @@ class DataSection(Section):
     def sources(self) -> list[DataSource]:
         """The training sources, a single path being a list of one."""
         if isinstance(self.train, str):
-            return [DataSource(path=self.train, schema=self.schema_)]
+            return [DataSource.model_validate({"path": self.train, "schema": self.schema_})]
         return self.train
 
 

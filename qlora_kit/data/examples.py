@@ -1,0 +1,94 @@
+"""What a row means once read: plain text, a prompt with its completion, or a conversation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_kit.errors import DataError
+
+Message = dict[str, Any]
+
+
+class RowError(DataError):
+    """One row cannot be used: stops the run or is counted and left out, as `data.bad_rows` says.
+
+    Args:
+        problem: what is wrong, naming the field.
+        reason: two or three words under which skipped rows are counted.
+    """
+
+    def __init__(self, problem: str, *, reason: str, **details: Any) -> None:
+        super().__init__(problem, **details)
+        self.problem, self.reason, self.details = problem, reason, details
+
+    def at(self, place: str) -> RowError:
+        """The same error with the file and row before it."""
+        return RowError(f"{place}: {self.problem}", reason=self.reason, **self.details)
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """Text to continue as it stands; every token carries loss."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class PromptCompletion:
+    """A prompt and the text that should follow it."""
+
+    prompt: str
+    completion: str
+
+    def as_conversation(self) -> Conversation:
+        """One user turn and one assistant turn."""
+        return Conversation(
+            ({"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion})
+        )
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in OpenAI's form (`role`, `content`, `tool_calls`) and the tools they may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def last_assistant(self) -> int:
+        """Index of the last assistant turn; the schemas guarantee that there is one."""
+        return max(k for k, message in enumerate(self.messages) if message["role"] == "assistant")
+
+
+Example = PlainText | PromptCompletion | Conversation
+
+
+def content_hash(example: Example) -> int:
+    """64-bit hash of the whole row: equal for equal content, whichever schema it was written in."""
+    return _digest(_canonical(example), b"")
+
+
+def split_key(example: Example, seed: int) -> int:
+    """64-bit hash, seeded, of what comes before the last assistant turn (plain text: of all of it).
+
+    Rows with one prompt and several completions share a key, so a split by key never leaks a prompt.
+    """
+    if isinstance(example, PromptCompletion):
+        example = example.as_conversation()
+    if isinstance(example, Conversation):
+        example = Conversation(example.messages[: example.last_assistant()], example.tools)
+    return _digest(_canonical(example), seed.to_bytes(8, "little"))
+
+
+def _canonical(example: Example) -> str:
+    if isinstance(example, PlainText):
+        return json.dumps(["text", example.text])
+    chat = example.as_conversation() if isinstance(example, PromptCompletion) else example
+    return json.dumps(["chat", chat.messages, chat.tools], sort_keys=True, default=str)
+
+
+def _digest(text: str, key: bytes) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key)
+    return int.from_bytes(digest.digest(), "little")

@@ -1,0 +1,222 @@
+"""Token ids and loss mask of an example: which tokens the model is trained to say.
+
+A conversation is rendered once and tokenized once. Its assistant turns are found as character spans: a turn
+begins where generation would begin (the turns before it, rendered with the generation prompt) and ends with
+the template's end-of-turn text, without the line break after it. Offsets carry the spans over to tokens. The
+mask never looks at ids: a pad token that is also eos is told apart by its place.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion, RowError
+from qlora_kit.data.template import render_chat
+from qlora_kit.errors import DataError
+from qlora_kit.recipe import DataSection
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as the model sees it.
+
+    Attributes:
+        input_ids: int32 [tokens].
+        labels: int32 [tokens], not shifted; -100 where a token carries no loss. The first is always -100, as
+            nothing predicts it.
+        source: index into the report's sources; -1 where unknown.
+        row: row number in that source.
+        truncated: tokens were cut off its end.
+        silent_turns: assistant turns that carry no loss, because the template writes them otherwise than
+            generation would have (reasoning stripped from earlier turns).
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    source: int = -1
+    row: int = 0
+    truncated: bool = False
+    silent_turns: int = 0
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return int((self.labels != IGNORED).sum())
+
+
+def encode(example: Example, tokenizer: Any, section: DataSection) -> Encoded:
+    """Ids and labels of an example, the tokenizer's chat template being the resolved one.
+
+    Plain text carries loss on all tokens and ends with eos. So does a prompt with its completion where there
+    is no template, on completion and eos; with a template it is a user turn and an assistant turn.
+
+    Raises:
+        RowError: too long (`data.overlong: error` or `skip`), no token carries loss, or the template
+            refuses or drops a turn.
+        DataError: the tokenizer is not a fast one, has no eos, or has no template for a conversation.
+    """
+    return _fitted(encode_whole(example, tokenizer, section.train_on), section)
+
+
+def encode_whole(
+    example: Example, tokenizer: Any, train_on: Literal["assistant", "all", "last_turn"] = "assistant"
+) -> Encoded:
+    """`encode` whatever the length; `last_turn` puts loss on the last assistant turn alone.
+
+    Raises:
+        RowError, DataError: as `encode`, but for the length.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            "this tokenizer has no character offsets, which the loss mask needs", fix="Use its fast version"
+        )
+    if isinstance(example, PromptCompletion) and tokenizer.chat_template:
+        example = example.as_conversation()
+    silent = 0
+    if isinstance(example, Conversation):
+        text, spans, silent = chat_spans(example, tokenizer)
+        # The template has written bos itself where it is wanted.
+        ids, offsets = _tokenize(tokenizer, text, special=False)
+        loss = span_mask(offsets, spans[-1:] if train_on == "last_turn" else spans)
+    else:
+        ids, loss = _encode_plain(example, tokenizer)
+    if train_on == "all":
+        loss = np.ones_like(loss)
+    loss[0] = False
+    return Encoded(ids, np.where(loss, ids, np.int32(IGNORED)), silent_turns=silent)
+
+
+def chat_spans(conversation: Conversation, tokenizer: Any) -> tuple[str, list[Span], int]:
+    """A conversation's text, the character spans that carry loss, and the number of assistant turns without.
+
+    Raises:
+        RowError: the template refuses or drops a turn, or no assistant turn can be told from the rest.
+    """
+    messages, tools = list(conversation.messages), conversation.tools
+    text = render_chat(tokenizer, messages, tools)
+    spans: list[Span] = []
+    turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    for k in turns:
+        before = render_chat(tokenizer, messages[:k], tools, generation_prompt=True)
+        whole = text if k == len(messages) - 1 else render_chat(tokenizer, messages[: k + 1], tools)
+        end = len(whole.rstrip())
+        if whole.startswith(before) and text.startswith(whole[:end]) and end > len(before):
+            spans.append((len(before), end))
+    silent = len(turns) - len(spans)
+    if _GENERATION_TAG.search(tokenizer.get_chat_template(tools=list(tools) or None)):
+        marked = _marked_spans(conversation, tokenizer, text)
+        spans, silent = [_with_end_of_turn(mark, spans) for mark in marked], max(0, len(turns) - len(marked))
+    if not spans:
+        raise RowError(
+            "the chat template writes the assistant's turns otherwise than its generation prompt opens them",
+            reason="no loss mask",
+            fix="Use a template whose text only grows with each turn (data.chat_template: chatml)",
+        )
+    _check_nothing_dropped(conversation, text)
+    return text, spans, silent
+
+
+def span_mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
+    """bool [tokens]: tokens of which at least one character lies in a span.
+
+    Args:
+        offsets: int [tokens, 2], characters [start, end) of each token; empty ones count where they stand.
+    """
+    start, end = offsets[:, 0], offsets[:, 1]
+    mask = np.zeros(len(offsets), dtype=bool)
+    for left, right in spans:
+        mask |= (start < right) & ((end > left) | ((start == end) & (start >= left)))
+    return mask
+
+
+def _encode_plain(example: PlainText | PromptCompletion, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    if tokenizer.eos_token_id is None:
+        raise DataError("this tokenizer has no eos token, so a model could not learn to stop", fix="Set its eos_token")
+    prompt = "" if isinstance(example, PlainText) else example.prompt
+    text = example.text if isinstance(example, PlainText) else prompt + example.completion
+    ids, offsets = _tokenize(tokenizer, text, special=plain_special(tokenizer, text))
+    loss = span_mask(offsets, [(len(prompt), len(text))])
+    if ids[-1] == tokenizer.eos_token_id:
+        loss[-1] = True
+        return ids, loss
+    return np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(loss, True)
+
+
+def plain_special(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer may add its own tokens to plain text: not where the text brings its bos along."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+
+
+def _tokenize(tokenizer: Any, text: str, special: bool) -> tuple[np.ndarray, np.ndarray]:
+    out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    if not out["input_ids"]:
+        raise RowError("the row has no token", reason="no token")
+    return np.array(out["input_ids"], dtype=np.int32), np.array(out["offset_mapping"], dtype=np.int64)
+
+
+def _fitted(row: Encoded, section: DataSection) -> Encoded:
+    length, limit = len(row.input_ids), section.max_seq_len
+    if length > limit and section.overlong != "truncate":
+        raise RowError(
+            f"{length} tokens, more than data.max_seq_len {limit}",
+            reason="overlong",
+            fix="Raise data.max_seq_len, or set data.overlong to skip or truncate",
+        )
+    if length > limit:
+        row = replace(row, input_ids=row.input_ids[:limit].copy(), labels=row.labels[:limit].copy(), truncated=True)
+    if row.loss_tokens == 0:
+        cut = f" within data.max_seq_len {limit}" if row.truncated else ""
+        fix = "Raise data.max_seq_len, or set data.bad_rows: skip"
+        raise RowError(f"no token carries loss{cut}", reason="all masked", fix=fix)
+    return row
+
+
+def _marked_spans(conversation: Conversation, tokenizer: Any, text: str) -> list[Span]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    tools: Any = list(conversation.tools) or None
+    result: Any = render_jinja_template(
+        conversations=[list(conversation.messages)],
+        tools=tools,
+        chat_template=tokenizer.get_chat_template(tools=tools),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    rendered, marks = result
+    if rendered[0] != text:
+        raise RowError("the chat template's {% generation %} marks change its text", reason="no loss mask")
+    trimmed = [(start, start + len(text[start:end].rstrip())) for start, end in marks[0]]
+    return [(start, end) for start, end in trimmed if end > start]
+
+
+def _with_end_of_turn(mark: Span, spans: list[Span]) -> Span:
+    # A template may close its mark before the end-of-turn token, which must be learned too.
+    ends = [end for start, end in spans if start <= mark[0] < end and end > mark[1]]
+    return mark[0], max(ends, default=mark[1])
+
+
+def _check_nothing_dropped(conversation: Conversation, text: str) -> None:
+    names = {tool["function"]["name"] for tool in conversation.tools}
+    for k, message in enumerate(conversation.messages):
+        names |= {call["function"]["name"] for call in message.get("tool_calls", [])}
+        if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            raise RowError(
+                f"the chat template drops or rewrites the {message['role']} turn (turn {k})",
+                reason="template drops a turn",
+                fix="Use a template that writes it (data.chat_template: chatml)",
+            )
+    dropped = sorted(name for name in names if name not in text)
+    if dropped:
+        raise RowError(
+            f"the chat template does not write tools or tool calls: {', '.join(dropped)}",
+            reason="template drops tools",
+            fix="Use a template that does (data.chat_template: chatml), or remove them",
+        )
