@@ -119,7 +119,7 @@ def test_base_bytes_are_those_bitsandbytes_stores(base: dict[str, Any], saved_ll
             tensors += [state.absmax, state.code]
             tensors += [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
         elif getattr(weight, "SCB", None) is not None:
-            tensors.append(weight.SCB)
+            tensors.append(weight.SCB)  # type: ignore[attr-defined]
     stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     found = plan(recipe_of(base={"model": "tiny", **base}), find_config(BaseSection(model=str(saved_llama))))
     names = ("linear layers", "embeddings", "output head", "norms and biases")
