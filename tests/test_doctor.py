@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from qlora_kit.doctor import Finding, Gpu, Machine, diagnose, judge, print_diagnosis, probe
-from qlora_kit.doctor.machine import capability_flags, offline_variables, parse_cpuinfo, system_name, read_ranges
+from qlora_kit.doctor.machine import capability_flags, offline_variables, parse_cpuinfo, read_ranges, system_name
 
 GIB = 2**30
 LAPTOP = Machine(
