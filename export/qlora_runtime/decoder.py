@@ -136,8 +136,11 @@ class Decoding:
         self._binding = decoder.session.io_binding()
         self._length = 0
         self._capacity = capacity
+        # onnxruntime binds arrays without copying them: what is bound must be kept, or its memory is used again.
+        self._cache = decoder.empty_cache(1, capacity)
+        self._inputs: tuple[Int64Array, ...] = ()
         self._bind_logits()  # bound first, so that logits stay the first of the outputs
-        for (past, present), value in zip(decoder.cache_names, decoder.empty_cache(1, capacity), strict=True):
+        for (past, present), value in zip(decoder.cache_names, self._cache, strict=True):
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)
 
@@ -156,12 +159,13 @@ class Decoding:
 
     def _read_piece(self, token_ids: Int64Array) -> FloatArray:
         self._length += len(token_ids)
-        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(token_ids[None, :]))
-        self._binding.bind_cpu_input("attention_mask", np.ones((1, self._length), np.int64))
+        self._inputs = (np.ascontiguousarray(token_ids[None, :]), np.ones((1, self._length), np.int64))
+        self._binding.bind_cpu_input("input_ids", self._inputs[0])
+        self._binding.bind_cpu_input("attention_mask", self._inputs[1])
         self._bind_logits()
         self._session.run_with_iobinding(self._binding)
-        logits = self._binding.get_outputs()[0].numpy()  # [1, seq, vocab]
-        return np.array(logits[0, -1], dtype=np.float32)
+        logits = self._binding.get_outputs()[0]
+        return np.array(logits.numpy()[0, -1], dtype=np.float32)  # of [1, seq, vocab]
 
     def _bind_logits(self) -> None:
         """Ask for the logits in a new tensor: their shape changes with the number of tokens read."""

@@ -87,3 +87,15 @@ def test_two_streams_do_not_disturb_each_other(bundle):
     alone = [list(bundle.stream(prompt, sampling, stop_at_eos=False)) for prompt in prompts]
     streams = [bundle.stream(prompt, sampling, stop_at_eos=False) for prompt in prompts]
     assert list(zip(*streams, strict=True)) == list(zip(*alone, strict=True))
+
+
+def test_the_cache_and_the_inputs_stay_alive_while_they_are_bound(bundle):
+    """onnxruntime does not copy bound arrays: were they freed, other allocations would write over them."""
+    ids = random_ids(6, 24)
+    decoding = Decoding(bundle._decoder, capacity=24)
+    others = []
+    for position in range(24):
+        shape = (1, bundle._decoder.shape.kv_heads, 24, bundle._decoder.shape.head_dim)
+        others += [np.full(shape, 1e3, np.float32) for _ in range(50)]
+        logits = decoding.read(ids[position : position + 1])
+    np.testing.assert_allclose(logits, bundle.logits(ids[None])[0, -1], atol=1e-4)
