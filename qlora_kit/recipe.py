@@ -207,7 +207,9 @@ class Recipe(Section):
         if (train.max_steps is None) == (train.epochs is None):
             raise ValueError("train: give exactly one of max_steps and epochs")
         if data.streaming and (train.max_steps is None or data.eval is None):
-            raise ValueError("data.streaming needs train.max_steps and data.eval: a stream has no known length to split")
+            raise ValueError(
+                "data.streaming needs train.max_steps and data.eval: a stream has no known length to split"
+            )
         if train.max_steps is not None and train.warmup_steps > train.max_steps:
             raise ValueError(f"train.warmup_steps {train.warmup_steps} is more than max_steps {train.max_steps}")
         if train.early_stopping_patience and not train.eval_every:

@@ -20,7 +20,9 @@ class _Yaml12Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: `2e-4` is a number, `no` is text, and a key given twice is an error."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))]
+        first: [
+            (tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -75,7 +77,9 @@ def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors()]
         plural = "s" if len(lines) > 1 else ""
-        raise RecipeError(f"{origin}: {len(lines)} wrong field{plural}:\n  " + "\n  ".join(lines) + "\nMend and run again") from None
+        raise RecipeError(
+            f"{origin}: {len(lines)} wrong field{plural}:\n  " + "\n  ".join(lines) + "\nMend and run again"
+        ) from None
 
 
 def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
@@ -113,17 +117,21 @@ def _find(path_or_name: str) -> Path:
     if path_or_name in shipped:
         return shipped[path_or_name]
     raise RecipeError(
-        f"no recipe {path_or_name}", allowed=f"a .yaml file, or a shipped recipe: {', '.join(shipped)}", fix="Check the path"
+        f"no recipe {path_or_name}",
+        allowed=f"a .yaml file, or a shipped recipe: {', '.join(shipped)}",
+        fix="Check the path",
     )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)  # noqa: S506 (a SafeLoader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid YAML: {error}", fix="Mend the place named above") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path} holds no recipe", got=tree, allowed="sections run, base, adapter, data, train, eval, export")
+        raise RecipeError(
+            f"{path} holds no recipe", got=tree, allowed="sections run, base, adapter, data, train, eval, export"
+        )
     return tree
 
 
@@ -137,7 +145,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise RecipeError(f"override {dotted}: {key} is not a section", got=override, allowed="section.key=value")
     try:
-        tree[keys[-1]] = yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506 (a SafeLoader)
+        tree[keys[-1]] = yaml.load(text, Loader=_Yaml12Loader)
     except yaml.YAMLError:
         raise RecipeError(f"override {dotted}: the value is not valid YAML", got=text, fix="Quote it") from None
 
@@ -159,7 +167,13 @@ def _nearest(loc: tuple[Any, ...]) -> str:
 
     model: Any = Recipe
     for part in loc[:-1]:
-        model = model.model_fields[part].annotation if hasattr(model, "model_fields") and part in model.model_fields else None
-    names = [field.alias or name for name, field in model.model_fields.items()] if hasattr(model, "model_fields") else []
+        model = (
+            model.model_fields[part].annotation
+            if hasattr(model, "model_fields") and part in model.model_fields
+            else None
+        )
+    names = (
+        [field.alias or name for name, field in model.model_fields.items()] if hasattr(model, "model_fields") else []
+    )
     close = difflib.get_close_matches(str(loc[-1]), names, n=1)
     return f" (did you mean {close[0]}?)" if close else f"; allowed: {', '.join(names)}" if names else ""

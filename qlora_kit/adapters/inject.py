@@ -65,13 +65,15 @@ def inject_lora(model: PreTrainedModel, settings: LoraSettings, targets: list[st
     saved = expand_modules_to_save(model, settings.modules_to_save)
     both = sorted(set(targets) & set(saved))
     if both:
-        raise AdapterError("a layer is both a target and a module to save", got=both[0], fix="Remove it from one of them")
+        raise AdapterError(
+            "a layer is both a target and a module to save", got=both[0], fix="Remove it from one of them"
+        )
     model.requires_grad_(False)
     for name in targets:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoraLinear(model.get_submodule(name), settings))
     for name in saved:
-        _train_in_full(model.get_submodule(name), model.dtype)
+        _train_in_full(model, model.get_submodule(name))
     for name, parameter in model.named_parameters():
         if name.endswith("bias") and (
             settings.bias == "all" or (settings.bias == "lora_only" and name.endswith("base_layer.bias"))
@@ -116,10 +118,10 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
 
 
-def _train_in_full(module: nn.Module, compute_dtype: torch.dtype) -> None:
+def _train_in_full(model: PreTrainedModel, module: nn.Module) -> None:
     """fp16 cannot hold updates: such a module is trained in fp32, and casts at its borders."""
     module.requires_grad_(True)
-    if compute_dtype != torch.float16:
+    if model.dtype != torch.float16:
         return
     module.float()
 
@@ -127,7 +129,7 @@ def _train_in_full(module: nn.Module, compute_dtype: torch.dtype) -> None:
         return tuple(value.float() if value.is_floating_point() else value for value in inputs)
 
     module.register_forward_pre_hook(cast_inputs)
-    module.register_forward_hook(lambda _module, _inputs, output: output.to(compute_dtype))
+    module.register_forward_hook(lambda _module, _inputs, output: output.to(model.config.dtype))
 
 
 def _ends_with(name: str, ending: str) -> bool:
@@ -135,4 +137,6 @@ def _ends_with(name: str, ending: str) -> bool:
 
 
 def _endings(names: list[str]) -> str:
-    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names if name and not name.rsplit(".", 1)[-1].isdigit()}))
+    return ", ".join(
+        sorted({name.rsplit(".", 1)[-1] for name in names if name and not name.rsplit(".", 1)[-1].isdigit()})
+    )

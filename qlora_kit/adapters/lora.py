@@ -90,4 +90,4 @@ def weight_expander(layer: nn.Module) -> ExpandWeight:
     if isinstance(layer, QuantizedLinear):
         return layer.dequantize
     weight = layer.weight.detach()
-    return lambda dtype: (weight.T if isinstance(layer, Conv1D) else weight).to(dtype)
+    return (weight.T if isinstance(layer, Conv1D) else weight).to

@@ -90,7 +90,9 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise AdapterError(f"{folder} is no adapter: {name} is missing", fix="Give the folder that PEFT or train wrote")
+            raise AdapterError(
+                f"{folder} is no adapter: {name} is missing", fix="Give the folder that PEFT or train wrote"
+            )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -179,7 +181,9 @@ def _resize_embeddings(model: PreTrainedModel, stored: StoredAdapter) -> None:
     """An adapter trained with new tokens holds larger embeddings than the base."""
     embedding = model.get_input_embeddings()
     names = [name for name, module in model.named_modules() if module is embedding]
-    weight = next((stored.tensors[f"{PREFIX}{n}.weight"] for n in names if f"{PREFIX}{n}.weight" in stored.tensors), None)
+    weight = next(
+        (stored.tensors[f"{PREFIX}{n}.weight"] for n in names if f"{PREFIX}{n}.weight" in stored.tensors), None
+    )
     if weight is not None and weight.shape[0] != embedding.weight.shape[0]:
         model.resize_token_embeddings(weight.shape[0], mean_resizing=False)
 

@@ -81,7 +81,9 @@ def load_tokenizer(folder: Any, trust_remote_code: bool = False) -> PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: no tokenizer: {error}", fix="Put the tokenizer's files beside the model") from error
+        raise ModelError(
+            f"{folder}: no tokenizer: {error}", fix="Put the tokenizer's files beside the model"
+        ) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: only a slow tokenizer", fix="Save it with a tokenizer.json")
     if tokenizer.eos_token_id is None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +58,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.quant = in_features, out_features, quant
         self.block_size = self.nested_block_size = 0
+        self.kept: Tensor | None = None  # the expanded weight, inside `expanded`
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -85,6 +88,8 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], expanded in fp32 and cast once to `dtype`."""
+        if self.kept is not None and self.kept.dtype == dtype:
+            return self.kept
         if self.quant == "int8":
             return (self.codes.float() * (self.absmax / 127.0).unsqueeze(1)).to(dtype)
         functional = bnb.functional
@@ -131,3 +136,16 @@ def own_quantized_layers(model: nn.Module) -> int:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, QuantizedLinear.from_bitsandbytes(module))
     return len(layers)
+
+
+@contextmanager
+def expanded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Keeps every expanded weight for the time of the block: the same bits, without the work at each token."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    try:
+        for layer in layers:
+            layer.kept = layer.dequantize(dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.kept = None

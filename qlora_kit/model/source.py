@@ -74,7 +74,9 @@ def _check_folder(folder: Path, model: str, trust_remote_code: bool) -> None:
 
     config = folder / "config.json"
     if not config.is_file():
-        raise ModelError(f"base.model {model}: {folder} has no config.json", fix="Give the folder of a transformers model")
+        raise ModelError(
+            f"base.model {model}: {folder} has no config.json", fix="Give the folder of a transformers model"
+        )
     try:
         tree = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -96,17 +98,21 @@ def _check_folder(folder: Path, model: str, trust_remote_code: bool) -> None:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(named - {weight.name for weight in weights})
         if missing:
-            raise ModelError(f"base.model {model}: shard {missing[0]} is missing in {folder}", fix="Copy the model again")
+            raise ModelError(
+                f"base.model {model}: shard {missing[0]} is missing in {folder}", fix="Copy the model again"
+            )
 
 
 def _download(model: str, revision: str | None) -> Path:
+    from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from httpx2 import HTTPError
 
     try:
         return Path(
-            snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+            snapshot_download(
+                model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+            )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -119,7 +125,9 @@ def _download(model: str, revision: str | None) -> Path:
 def _convert_gguf(path: Path) -> Path:
     """GGUF to a cached folder: dequantized to fp32, so that its own codes are kept exactly, tokenizer included."""
     if not path.is_file():
-        raise ModelError("base.model: no such GGUF file", got=str(path), fix="Check the path (make demo fetches the demo's)")
+        raise ModelError(
+            "base.model: no such GGUF file", got=str(path), fix="Check the path (make demo fetches the demo's)"
+        )
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"base.model {path} is not a GGUF file", fix="Download it again")
@@ -143,7 +151,9 @@ def _convert_gguf(path: Path) -> Path:
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
         os.replace(partial, target)
     except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"base.model {path}: this GGUF cannot be read: {error}", fix="Use a safetensors model") from error
+        raise ModelError(
+            f"base.model {path}: this GGUF cannot be read: {error}", fix="Use a safetensors model"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target

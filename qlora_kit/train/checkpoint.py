@@ -1,7 +1,8 @@
 """Checkpoints: whole or not there, hashed, and enough to go on bit for bit.
 
-A checkpoint is a folder `step-000050`: adapter/ (PEFT's format), optimizer.safetensors, rng-RANK.safetensors,
-state.json, and hashes.json, written last. It is made under another name, synced, and renamed.
+A checkpoint is a folder `step-000050`: adapter/ (PEFT's format), optimizer.safetensors, state.json, and
+hashes.json, written last. It is made under another name, synced, and renamed. Random generators need no place in
+it: each micro batch seeds them from (seed, step, place), see determinism.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from qlora_kit.train.run_folder import disk_error
 
 @dataclass
 class TrainState:
-    """Where a run is. Everything the next step depends on, beside weights, optimizer and generators."""
+    """Where a run is. Everything the next step depends on, beside weights and optimizer."""
 
     step: int = 0
     data_position: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +75,6 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         write_adapter(partial / "adapter")
         save_file(optimizer_tensors, partial / "optimizer.safetensors")
-        save_file(_rng_states(), partial / "rng-0.safetensors")
         tree = {"format": "qlora-checkpoint/1", "state": asdict(state), "optimizer_numbers": optimizer_numbers}
         (partial / "state.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
         files = sorted(file for file in partial.rglob("*") if file.is_file())
@@ -102,7 +101,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         hashes = json.loads((folder / "hashes.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise CheckpointError(f"{folder} is damaged: hashes.json is missing or torn", fix="Use an earlier one") from None
+        raise CheckpointError(
+            f"{folder} is damaged: hashes.json is missing or torn", fix="Use an earlier one"
+        ) from None
     for name, digest in hashes.items():
         file = folder / name
         if not file.is_file():
@@ -130,7 +131,9 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
         except CheckpointError as error:
             damaged.append(str(error))
     if folders:
-        raise CheckpointError(f"no whole checkpoint is left in {root}: {' '.join(damaged)}", fix="Start again: --overwrite")
+        raise CheckpointError(
+            f"no whole checkpoint is left in {root}: {' '.join(damaged)}", fix="Start again: --overwrite"
+        )
     return None, damaged
 
 
@@ -146,21 +149,6 @@ def prune_checkpoints(root: Path, keep: int, best_step: int | None) -> None:
             shutil.rmtree(folder)
     for partial in root.glob(".partial-*"):
         shutil.rmtree(partial)
-
-
-def restore_rng(folder: Path) -> None:
-    """Sets torch's generators to those of the checkpoint."""
-    states = load_file(folder / "rng-0.safetensors")
-    torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available() and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def _rng_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
 
 
 def _sync(path: Path) -> None:

@@ -111,13 +111,17 @@ class AdapterOptimizer:
         for key, value in (*tensors.items(), *numbers.items()):
             name, _, entry = key.rpartition("/")
             if name not in entries:
-                raise CheckpointError(f"optimizer state of {name}, which this run does not train", fix="Start a new run")
+                raise CheckpointError(
+                    f"optimizer state of {name}, which this run does not train", fix="Start a new run"
+                )
             entries[name][entry] = value
         for name, found in entries.items():
             device = self.parameters[name].device
             low = found.pop("low_bits", None)
             if (low is None) != (name not in self.low_bits):
-                raise CheckpointError(f"kept low bits of {name} do not match adapter.keep_precision", fix="Start a new run")
+                raise CheckpointError(
+                    f"kept low bits of {name} do not match adapter.keep_precision", fix="Start a new run"
+                )
             if low is not None:
                 self.low_bits[name].copy_(low)
             (group,) = self._inner[name].param_groups
@@ -151,7 +155,7 @@ def optimizer_maker(
 
 
 def lr_at(step: int, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (1 to total_steps): linear warm-up, then constant, linear or cosine to 0."""
+    """Learning rate of step 1 to `total_steps`: linear warm-up, then constant, linear or cosine to 0."""
     if step <= warmup_steps:
         return peak * step / warmup_steps
     if schedule == "constant":

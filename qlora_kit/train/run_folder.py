@@ -23,7 +23,7 @@ FREE_FIELDS = ("run.name", "run.out_dir", "train.trackers", "train.keep_checkpoi
 
 
 class RunFolder:
-    """RUN/: recipe.yaml, manifest.json, metrics.jsonl, checkpoints/, adapter/, eval/, merged/, bundles/, report.html."""
+    """RUN/: recipe.yaml, manifest.json, metrics.jsonl, checkpoints/, adapter/, eval/, merged/, bundles/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,0 +1,71 @@
+"""Decoder graphs from onnxruntime-genai's model builder, laid out as a bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from qlora_kit.errors import ExportError
+
+GRAPH, DATA = "onnx/model.onnx", "model.onnx_data"
+
+
+def build_graph(merged: Path, target: Path, profile: str) -> None:
+    """Writes graph, weights and configuration of the merged model `merged` into the folder `target`.
+
+    Args:
+        profile: fp32, or int8 (blocks of 32, symmetric, MatMulNBits; embeddings stay fp32).
+
+    Raises:
+        ExportError: the builder does not know this architecture.
+    """
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    options = ["hf_remote=false"]
+    if config.get("tie_word_embeddings"):
+        options.append("shared_embeddings=true")
+    place = ("", str(merged), str(target), profile, "cpu", str(target / ".cache"))
+    said = io.StringIO()  # the builder prints every layer
+    try:
+        with contextlib.redirect_stdout(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            create_model(*place, **parse_extra_options(*place, options))
+    except (NotImplementedError, AttributeError, KeyError) as error:
+        raise ExportError(
+            f"{config['architectures'][0]} has no ONNX decoder graph yet ({type(error).__name__}: {error})",
+            allowed="the decoder architectures of onnxruntime-genai: Llama, Qwen, Mistral, Gemma, Phi and kin",
+            fix=f"Use the merged model in {merged}",
+        ) from error
+    shutil.rmtree(target / ".cache", ignore_errors=True)
+    _lay_out(target)
+    for name in ("config.json", "generation_config.json"):
+        if (merged / name).exists():
+            shutil.copyfile(merged / name, target / name)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (merged / name).exists():  # the trained tokenizer's own bytes, not the builder's rewriting of them
+            shutil.copyfile(merged / name, target / name)
+
+
+def _lay_out(target: Path) -> None:
+    """Moves the graph to onnx/model.onnx and its weights to onnx/model.onnx_data, where all runtimes look."""
+    (target / "onnx").mkdir()
+    (target / "model.onnx.data").rename(target / "onnx" / DATA)
+    graph = onnx.load(target / "model.onnx", load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = DATA
+    onnx.save(graph, target / GRAPH)
+    (target / "model.onnx").unlink()
+    path = target / "genai_config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config["model"]["decoder"]["filename"] = GRAPH
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,102 @@
+"""The one place where a delta meets a weight: dequantize, add in fp32, check, cast once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from qlora_kit.adapters.lora import LoraLinear, weight_expander
+from qlora_kit.errors import ExportError
+from qlora_kit.model.quantized import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class LayerDelta:
+    """How much a layer learned: Frobenius norms of scaling · B A and of the frozen weight."""
+
+    name: str
+    delta_norm: float
+    weight_norm: float
+
+    @property
+    def ratio(self) -> float:
+        return self.delta_norm / max(self.weight_norm, 1e-30)
+
+
+def merged_weight(layer: LoraLinear) -> tuple[Tensor, Tensor]:
+    """(W + scaling · B A, scaling · B A), both float32 [out, in], W expanded in fp32."""
+    delta = layer.delta()
+    return weight_expander(layer.base_layer)(torch.float32) + delta, delta
+
+
+@torch.no_grad()
+def merge_adapter(model: PreTrainedModel) -> list[LayerDelta]:
+    """Turns a tuned model into a plain one with fp32 linear layers, in place, layer by layer.
+
+    The adapter was trained against the dequantized base, so that is what it is merged onto.
+
+    Raises:
+        ExportError: a merged weight is not finite; the layer is named.
+    """
+    report = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLinear):
+            weight, delta = merged_weight(module)
+            if not torch.isfinite(weight).all():
+                raise ExportError(f"{name}: the merged weight holds NaN or Inf", fix="Export an earlier checkpoint")
+            report.append(LayerDelta(name, delta.norm().item(), (weight - delta).norm().item()))
+            _replace(model, name, plain_linear(module.base_layer, weight))
+        elif isinstance(module, QuantizedLinear) and not name.endswith(".base_layer"):
+            _replace(model, name, plain_linear(module, module.dequantize(torch.float32)))
+    model.float()
+    model.config.dtype = torch.float32
+    for mark in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, mark):
+            delattr(model.config, mark)
+    for mark in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        model.__dict__.pop(mark, None)
+    return report
+
+
+def plain_linear(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A linear layer of the same kind with `weight` float32 [out, in]; Conv1D stays Conv1D ([in, out])."""
+    out_features, in_features = weight.shape
+    bias = layer.bias
+    if isinstance(layer, Conv1D):
+        plain: nn.Module = Conv1D(out_features, in_features)
+        plain.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+    else:
+        plain = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
+    return plain
+
+
+def save_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a merged model as a Hugging Face folder (fp32 safetensors, tokenizer, template), whole or not at all."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise ExportError(
+            f"{folder} cannot be written: {error.strerror}", fix="Free some space and export again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)

@@ -1,0 +1,88 @@
+"""Text from a torch model: `qlora-kit generate` for runs and base models, and the samples of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from qlora_kit.data.template import stop_token_ids
+from qlora_kit.errors import ModelError
+from qlora_kit.model.load import load_base, load_tokenizer
+from qlora_kit.model.quantized import expanded
+from qlora_kit.model.source import find_base
+from qlora_kit.train.restore import best_device, load_run_tokenizer, load_tuned
+from qlora_kit.train.run_folder import RunFolder
+
+
+@torch.no_grad()
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    streamer: TextStreamer | None = None,
+) -> list[int]:
+    """The answer's token ids, the end token included where it was reached. temperature 0 is greedy."""
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    ids = torch.tensor([prompt_ids], device=model.device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_token_ids(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=streamer,
+        use_cache=True,
+        **sampling,
+    )
+    return output[0, len(prompt_ids) :].tolist()
+
+
+def generate_command(
+    name: str, *, prompt: str | None, chat: str | None, system: str | None, seed: int, **options: Any
+) -> None:
+    """Prints an answer as it is made; a conversation until an empty line where neither prompt nor chat text is given.
+
+    Raises:
+        ModelError, RunError: there is no such run or model, or it has no chat template.
+    """
+    model, tokenizer = _load(name)
+    torch.manual_seed(seed)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with expanded(model, model.dtype):
+        if prompt is not None:
+            generate_ids(model, tokenizer, tokenizer(prompt)["input_ids"], streamer=streamer, **options)
+            return
+        if not tokenizer.chat_template:
+            raise ModelError(f"{name} has no chat template", fix="Use --prompt, or train with data.chat_template")
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        while turn := (chat or _ask()):
+            messages.append({"role": "user", "content": turn})
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+            answer = generate_ids(model, tokenizer, ids, streamer=streamer, **options)
+            if chat:
+                return
+            messages.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
+
+
+def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if (Path(name) / "recipe.yaml").is_file():
+        run = RunFolder.open(name)
+        return load_tuned(run, best_device()), load_run_tokenizer(run)
+    source = find_base(name)
+    return load_base(source, device=best_device()), load_tokenizer(source.folder)
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""

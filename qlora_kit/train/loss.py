@@ -1,0 +1,56 @@
+"""The loss: cross-entropy summed over the tokens that carry loss, so that any split of a batch adds up the same."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Loss of each token that carries loss, in fp32.
+
+    Logits are made only at positions where some row of the batch predicts such a token: with long prompts and
+    short answers that is most of the vocabulary-sized work saved.
+
+    Args:
+        batch: input_ids, attention_mask, labels: int64 [batch, seq]; labels are -100 where there is no loss.
+
+    Returns: (losses [batch, kept], labels [batch, kept]); losses are 0 where labels are -100.
+    """
+    targets = batch["labels"][:, 1:]  # position p predicts token p + 1
+    kept = (targets != -100).any(0).nonzero().squeeze(1)  # [kept]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if _takes_logits_to_keep(type(_unwrapped(model))):
+        logits = model(**inputs, logits_to_keep=kept).logits
+    else:
+        logits = model(**inputs).logits[:, kept]
+    labels = targets[:, kept]
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return losses.view(labels.shape), labels
+
+
+def count_loss_tokens(labels: Tensor) -> int:
+    """Tokens of [batch, seq] labels that `token_losses` sums over (the first token of a row predicts nothing)."""
+    return int((labels[:, 1:] != -100).sum())
+
+
+@torch.no_grad()
+def row_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(summed loss float32 [batch], loss tokens int64 [batch]) of each row."""
+    losses, labels = token_losses(model, batch)
+    return losses.double().sum(1).float(), (labels != -100).sum(1)
+
+
+def _unwrapped(model: Any) -> Any:
+    return getattr(model, "module", model)  # DistributedDataParallel
+
+
+@cache
+def _takes_logits_to_keep(model_class: type) -> bool:
+    return "logits_to_keep" in inspect.signature(model_class.forward).parameters

@@ -1,0 +1,146 @@
+"""What a run writes down about itself: lines of metrics.jsonl, the manifest, the published adapter."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from qlora_kit.adapters.inject import trainable_parameters
+from qlora_kit.model.quantized import QuantizedLinear
+from qlora_kit.model.source import sha256_file
+from qlora_kit.recipe_file import recipe_hash
+from qlora_kit.train.checkpoint import TrainState
+
+if TYPE_CHECKING:
+    from qlora_kit.train.loop import StepStats
+    from qlora_kit.train.session import Session
+
+TOOLS = ("qlora-kit", "torch", "transformers", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+def train_record(state: TrainState, stats: StepStats) -> dict[str, Any]:
+    """A `train` line of metrics.jsonl."""
+    gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+    return {
+        "kind": "train",
+        "step": state.step,
+        "loss": stats.loss,
+        "lr": stats.lr,
+        "grad_norm": stats.grad_norm,
+        "tokens": stats.tokens,
+        "loss_tokens": stats.loss_tokens,
+        "tokens_per_s": stats.tokens / stats.seconds,
+        "rss_bytes": psutil.Process().memory_info().rss,
+        "gpu_bytes": gpu,
+        "elapsed_s": state.elapsed_s,
+    }
+
+
+def eval_record(state: TrainState, loss: float, tokens: int, improved: bool) -> dict[str, Any]:
+    """An `eval` line of metrics.jsonl."""
+    return {
+        "kind": "eval",
+        "step": state.step,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "loss_tokens": tokens,
+        "best": improved,
+    }
+
+
+def at_start(session: Session) -> dict[str, Any]:
+    """The manifest of a run that begins."""
+    template = session.tokenizer.chat_template
+    quantized = [module for module in session.plain.modules() if isinstance(module, QuantizedLinear)]
+    return {
+        "status": "running",
+        "step": 0,
+        "total_steps": session.total_steps,
+        "recipe_sha256": recipe_hash(session.recipe),
+        "base": {
+            "model": session.source.reference,
+            "revision": session.source.revision,
+            "fingerprint": session.source.fingerprint(),
+            "files": session.source.sha256,
+            "quant": session.recipe.base.quant,
+            "quantized_layers": len(quantized),
+            "quantized_bytes": sum(module.stored_bytes() for module in quantized),
+        },
+        "data": session.data.report.to_json(),
+        "tokenizer_sha256": sha256_file(session.run.tokenizer / "tokenizer.json"),
+        "chat_template": template if isinstance(template, str) else None,
+        "tools": tool_versions(),
+        "machine": machine(session),
+        "notes": session.notes,
+        "resumes": [],
+        "results": {
+            "trainable_params": sum(p.numel() for p in trainable_parameters(session.plain).values()),
+        },
+    }
+
+
+def at_end(session: Session, state: TrainState, adapter_step: int, eval_loss: float | None) -> dict[str, Any]:
+    """The manifest fields of a run that is done."""
+    results = session.run.manifest().get("results", {})
+    return {
+        "status": "finished",
+        "step": state.step,
+        "adapter": {"step": adapter_step, "sha256": sha256_file(session.run.adapter / "adapter_model.safetensors")},
+        "results": {
+            **results,
+            "best_step": state.best_step,
+            "best_eval_loss": state.best_loss,
+            "final_eval_loss": eval_loss,
+            "stopped_early": state.stopped_early,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "wall_s": state.elapsed_s,
+            "tokens_per_s": state.tokens_seen / max(state.elapsed_s, 1e-9),
+        },
+    }
+
+
+def publish_adapter(session: Session, step: int) -> None:
+    """Copies a checkpoint's adapter to RUN/adapter, whole or not at all."""
+    partial = session.run.path / ".partial-adapter"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(session.run.checkpoints / f"step-{step:06d}" / "adapter", partial)
+    shutil.rmtree(session.run.adapter, ignore_errors=True)
+    os.replace(partial, session.run.adapter)
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on."""
+    return {name: metadata.version(name) for name in TOOLS} | {"python": platform.python_version()}
+
+
+def machine(session: Session) -> dict[str, Any]:
+    """The hardware, as far as equal bits depend on it."""
+    device = session.accelerator.device
+    return {
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": session.threads,
+        "processes": session.accelerator.num_processes,
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far; the present one where the system does not tell."""
+    if os.name == "nt":
+        return psutil.Process().memory_info().rss
+    import resource
+
+    factor = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor

@@ -1,0 +1,181 @@
+"""All that a training step needs, made from a recipe: accelerator, model, adapter, optimizer, data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_kit.adapters.inject import inject_lora, trainable_parameters
+from qlora_kit.adapters.lora import LoraSettings
+from qlora_kit.data.batches import TrainBatches
+from qlora_kit.data.collate import collate
+from qlora_kit.data.dataset import PreparedData, prepare
+from qlora_kit.data.masking import Encoded
+from qlora_kit.data.template import resolve_template
+from qlora_kit.errors import TrainingError
+from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
+from qlora_kit.model.source import BaseSource, find_base
+from qlora_kit.recipe import AdapterSection, Recipe
+from qlora_kit.train.determinism import make_deterministic, seed_for
+from qlora_kit.train.optim import AdapterOptimizer, optimizer_maker
+from qlora_kit.train.run_folder import RunFolder
+
+
+@dataclass
+class Session:
+    """A run in memory. `model` is what the step calls (wrapped where several processes train), `plain` the model."""
+
+    recipe: Recipe
+    run: RunFolder
+    accelerator: Accelerator
+    source: BaseSource
+    tokenizer: PreTrainedTokenizerBase
+    plain: PreTrainedModel
+    model: Any
+    settings: LoraSettings
+    optimizer: AdapterOptimizer
+    scaler: torch.amp.GradScaler
+    data: PreparedData
+    batches: TrainBatches
+    total_steps: int
+    threads: int
+    notes: list[str]
+
+    def collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
+        """int64 [batch, seq] tensors on the training device."""
+        batch = collate(rows, pad_id=self.tokenizer.pad_token_id)
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+
+
+def lora_settings(section: AdapterSection) -> LoraSettings:
+    """The recipe's adapter section as plain settings; new tokens make the embedding a module to save."""
+    return LoraSettings(
+        rank=section.rank,
+        alpha=section.alpha,
+        use_rslora=section.use_rslora,
+        dropout=section.dropout,
+        bias=section.bias,
+        target_modules=section.target_modules,
+        modules_to_save=list(section.modules_to_save),
+        new_tokens=list(section.new_tokens),
+        dtype=DTYPES[section.dtype],
+    )
+
+
+def start_session(recipe: Recipe, run: RunFolder) -> Session:
+    """Loads and prepares everything, data first: a wrong row is found before a model is loaded.
+
+    Raises:
+        DataError, ModelError, AdapterError, TrainingError: each names what is wrong and what to do.
+    """
+    accelerator = Accelerator(
+        mixed_precision="no",  # the model is loaded in its compute dtype; nothing is cast on the way
+        log_with=list(recipe.train.trackers) or None,
+        project_dir=str(run.path / "trackers"),
+    )
+    threads = make_deterministic(accelerator.device, recipe.train.threads)
+    source = find_base(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
+    tokenizer = prepared_tokenizer(recipe, source.folder)
+    data = prepare(recipe.data, tokenizer, recipe.run.seed)
+    settings = lora_settings(recipe.adapter)
+    model = load_for_training(recipe, source, tokenizer, settings, accelerator.device)
+    parameters = trainable_parameters(model)
+    if not parameters:
+        raise TrainingError("nothing is trained", fix="Give adapter.target_modules that the model has")
+    optimizer, notes = make_optimizer(recipe, parameters, accelerator.device)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=recipe.base.compute_dtype == "fp16")
+    batches = TrainBatches(
+        data,
+        recipe.data,
+        tokenizer,
+        recipe.train.micro_batch_size,
+        recipe.run.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    return Session(
+        recipe=recipe,
+        run=run,
+        accelerator=accelerator,
+        source=source,
+        tokenizer=tokenizer,
+        plain=model,
+        model=accelerator.prepare_model(model) if accelerator.num_processes > 1 else model,
+        settings=settings,
+        optimizer=optimizer,
+        scaler=scaler,
+        data=data,
+        batches=batches,
+        total_steps=count_steps(recipe, data, accelerator.num_processes),
+        threads=threads,
+        notes=[*notes, *data.report.warnings()],
+    )
+
+
+def prepared_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with the run's new tokens and chat template: what trains, generates and ships."""
+    tokenizer = load_tokenizer(folder, recipe.base.trust_remote_code)
+    if recipe.adapter.new_tokens:
+        tokenizer.add_tokens(recipe.adapter.new_tokens)
+    template = resolve_template(tokenizer, recipe.data)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def load_for_training(
+    recipe: Recipe,
+    source: BaseSource,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: LoraSettings,
+    device: torch.device,
+) -> PreTrainedModel:
+    """The quantized base with a fresh adapter in it, in training mode."""
+    model = load_base(
+        source,
+        recipe.base.quant,
+        recipe.base.double_quant,
+        DTYPES[recipe.base.compute_dtype],
+        device,
+        settings.modules_to_save,
+        recipe.base.trust_remote_code,
+    )
+    torch.manual_seed(seed_for(recipe.run.seed, "init"))
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    if settings.new_tokens:
+        names = [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
+        names += [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+        settings.modules_to_save.extend(name for name in names if name not in settings.modules_to_save)
+    inject_lora(model, settings)
+    if recipe.train.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model.train()
+
+
+def make_optimizer(
+    recipe: Recipe, parameters: dict[str, torch.nn.Parameter], device: torch.device
+) -> tuple[AdapterOptimizer, list[str]]:
+    """The optimizer, and notes on what had to be replaced on this machine."""
+    train = recipe.train
+    make, note = optimizer_maker(
+        train.optimizer, (train.betas[0], train.betas[1]), train.eps, train.weight_decay, device
+    )
+    return AdapterOptimizer(parameters, make, recipe.adapter.keep_precision), [note] if note else []
+
+
+def count_steps(recipe: Recipe, data: PreparedData, processes: int) -> int:
+    """Optimizer steps of the whole run."""
+    if recipe.train.max_steps is not None:
+        return recipe.train.max_steps
+    assert recipe.train.epochs is not None  # the recipe has one of both
+    rows = recipe.train.micro_batch_size * recipe.train.grad_accum_steps * processes
+    return max(1, math.ceil(recipe.train.epochs * len(data.train) / rows))
