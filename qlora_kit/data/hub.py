@@ -24,12 +24,11 @@ def hub_fingerprint(source: DataSource, streaming: bool) -> str:
     Raises:
         DataError: neither can be had.
     """
-    import httpx
     from huggingface_hub import dataset_info
 
     try:
         return f"commit:{dataset_info(_parts(source)[0], timeout=10).sha}"
-    except (OSError, ValueError, httpx.HTTPError):
+    except _hub_errors():
         # Offline with a filled cache is a supported way to work; a stream has no cache to fingerprint.
         mark = getattr(_load(source, streaming), "_fingerprint", None)
     if mark is None:
@@ -45,15 +44,23 @@ def _parts(source: DataSource) -> tuple[str, str | None, str]:
 
 def _load(source: DataSource, streaming: bool) -> Any:
     import datasets
-    import httpx
 
     name, config, split = _parts(source)
     try:
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+    except _hub_errors() as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{source.path} (split {split!r}): neither a file here nor a hub dataset that loads: {first_line}",
             allowed="a file path with its ending, or owner/name[:config][@split]",
             fix="Check the spelling, the split and the network",
         ) from None
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # A lost connection surfaces as an error of the hub client's HTTP library, which is another one in each of
+    # its major versions; HfHubHTTPError derives from that library's base error.
+    return (OSError, ValueError, RuntimeError, DatasetsError, *HfHubHTTPError.__bases__)
