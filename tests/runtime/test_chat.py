@@ -26,22 +26,17 @@ TEMPLATES = {
     "namespace": (
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"
     ),
-    "loop control": (
-        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}"
-    ),
+    "loop control": ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}"),
     "generation": (
-        "{% for m in messages %}{% generation %}{% set x = 1 %}{{ m.content }}"
-        "{% endgeneration %}{{ x }}{% endfor %}"
+        "{% for m in messages %}{% generation %}{% set x = 1 %}{{ m.content }}{% endgeneration %}{{ x }}{% endfor %}"
     ),
     "tojson": (
-        "{{ messages | tojson }}|{{ messages | tojson(indent=2) }}|"
-        "{{ {'b': 1, 'a': '<é>'} | tojson(sort_keys=true) }}"
+        "{{ messages | tojson }}|{{ messages | tojson(indent=2) }}|{{ {'b': 1, 'a': '<é>'} | tojson(sort_keys=true) }}"
     ),
     "tools": "{% if tools %}{{ tools | tojson(indent=4) }}{% endif %}{{ tools is none }}{{ documents }}",
     "variables": "{{ enable_thinking is defined and enable_thinking }}{{ dict(a=1, b=2) }}",
     "reasoning": (
-        "{% for m in messages %}{{ m.reasoning_content | default('-') }}"
-        "{{ m.thinking | default('-') }}{% endfor %}"
+        "{% for m in messages %}{{ m.reasoning_content | default('-') }}{{ m.thinking | default('-') }}{% endfor %}"
     ),
     "macro": (
         "{% macro line(m) %}{{ m.role | upper }}: {{ m.content | trim }}\n{% endmacro %}"

@@ -85,9 +85,7 @@ def test_generate_prints_the_answer(capsys, bundle, pristine_bundle):
 
 def test_generate_chat_with_a_system_message(capsys, bundle, pristine_bundle):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Where?"}]
-    code, out, _ = run(
-        capsys, "generate", pristine_bundle, "--chat", "Where?", "--system", "Be kind.", *SHORT
-    )
+    code, out, _ = run(capsys, "generate", pristine_bundle, "--chat", "Where?", "--system", "Be kind.", *SHORT)
     assert code == 0
     assert out == generate(bundle, messages, Sampling(max_new_tokens=6)).text + "\n"
 

@@ -46,9 +46,7 @@ def test_a_whole_bundle_passes_and_the_manifest_reads_back(bundle_dir):
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json", "reference.json"]
-)
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json", "reference.json"])
 def test_a_flipped_byte_is_found(bundle_dir, name):
     flip_a_byte(bundle_dir / name)
     with pytest.raises(HashMismatchError, match=f"{name} has SHA-256 .* manifest.json says"):
@@ -76,9 +74,7 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path):
             Bundle.open(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["onnx/other.onnx", "model.onnx", ".hidden.onnx", "onnx/data.bin", "extra.json"]
-)
+@pytest.mark.parametrize("name", ["onnx/other.onnx", "model.onnx", ".hidden.onnx", "onnx/data.bin", "extra.json"])
 def test_a_file_the_manifest_does_not_know_is_refused(bundle_dir, name):
     (bundle_dir / name).write_bytes(b"x")
     with pytest.raises(UnexpectedFileError, match=f"{name} lies in the bundle"):
@@ -114,9 +110,7 @@ def test_the_tokenizer_of_another_bundle_is_refused(bundle_dir):
         check_files(bundle_dir)
 
 
-@pytest.mark.parametrize(
-    ("name", "other"), [("vocab_size", 500), ("context_length", 12), ("eos_token_id", [1, 2])]
-)
+@pytest.mark.parametrize(("name", "other"), [("vocab_size", 500), ("context_length", 12), ("eos_token_id", [1, 2])])
 def test_the_genai_config_of_another_bundle_is_refused(bundle_dir, name, other):
     edit_json(bundle_dir / "genai_config.json", lambda value: value["model"].update({name: other}))
     write_tiny_manifest(bundle_dir)
@@ -126,9 +120,7 @@ def test_the_genai_config_of_another_bundle_is_refused(bundle_dir, name, other):
 
 def test_the_graph_of_another_bundle_is_refused(bundle_dir):
     """All hashes are in order, but the graph has two layers and genai_config.json speaks of three."""
-    edit_json(
-        bundle_dir / "genai_config.json", lambda value: value["model"]["decoder"].update(num_hidden_layers=3)
-    )
+    edit_json(bundle_dir / "genai_config.json", lambda value: value["model"]["decoder"].update(num_hidden_layers=3))
     write_tiny_manifest(bundle_dir)
     with pytest.raises(ModelLoadError, match=r"disagree .*past_key_values.2.key"):
         Bundle.open(bundle_dir)

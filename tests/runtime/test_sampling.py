@@ -46,9 +46,9 @@ def random_logits(seed: int) -> np.ndarray:
 )
 def test_scores_equal_transformers_processors(sampling, processors, seed):
     logits, history = random_logits(seed), random_ids(seed, 12)
-    expected = LogitsProcessorList(processors)(
-        torch.from_numpy(history)[None], torch.from_numpy(logits.copy())[None]
-    )[0].numpy()
+    expected = LogitsProcessorList(processors)(torch.from_numpy(history)[None], torch.from_numpy(logits.copy())[None])[
+        0
+    ].numpy()
     scores = adjust(sampling, history.tolist(), logits)
     np.testing.assert_array_equal(np.isneginf(scores), np.isneginf(expected))
     np.testing.assert_allclose(scores[np.isfinite(scores)], expected[np.isfinite(expected)], rtol=1e-6)

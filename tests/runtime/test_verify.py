@@ -76,9 +76,7 @@ def test_another_greedy_token_fails_unless_it_was_won_narrowly(bundle, reference
     greedy[4] = (greedy[4] + 1) % VOCAB_SIZE
     report = compare(bundle, changed(reference, 1, greedy_ids=greedy))
     assert len(report.reasons) == 1
-    assert report.reasons[0].startswith(
-        f"prompt 1: greedy token 4 is {prompt.greedy_ids[4]}, the trained model's is"
-    )
+    assert report.reasons[0].startswith(f"prompt 1: greedy token 4 is {prompt.greedy_ids[4]}, the trained model's is")
     assert report.greedy_tokens_equal == report.greedy_tokens_compared - 8
 
     margins = [*prompt.margins[:4], 1e-6, *prompt.margins[5:]]

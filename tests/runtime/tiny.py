@@ -113,9 +113,7 @@ def write_tiny_manifest(folder: Path, **changes) -> Manifest:
     return write_manifest(folder, **(arguments | changes))
 
 
-def reference_prompt(
-    tiny: Tiny, input_ids: list[int], answer_tokens: int = 12, k: int = 5
-) -> ReferencePrompt:
+def reference_prompt(tiny: Tiny, input_ids: list[int], answer_tokens: int = 12, k: int = 5) -> ReferencePrompt:
     """What the torch model says: top-k logits on the prompt, a greedy answer and its margins."""
     top = torch_logits(tiny, input_ids).topk(k)
     ids, greedy, margins = list(input_ids), [], []
