@@ -136,7 +136,7 @@ class Decoding:
         self._binding = decoder.session.io_binding()
         self._length = 0
         self._capacity = capacity
-        # Older onnxruntime (1.23) neither copies nor keeps what is bound: it must live as long as the binding.
+        # Older onnxruntime (1.23) neither copies nor keeps what is bound: it must live as long as this.
         self._cache = decoder.empty_cache(1, capacity)
         self._inputs: tuple[Int64Array, ...] = ()
         self._bind_logits()  # bound first, so that logits stay the first of the outputs
