@@ -9,11 +9,13 @@ import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from qlora_kit.doctor import Finding, Gpu, Machine, diagnose, judge, print_diagnosis, probe
+from qlora_kit.doctor import machine as machine_module
 from qlora_kit.doctor.machine import capability_flags, offline_variables, parse_cpuinfo, read_ranges, system_name
 
 GIB = 2**30
@@ -206,3 +208,42 @@ def test_importing_the_doctor_imports_no_torch_and_probing_no_bitsandbytes() -> 
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_processors_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda self: False)
+    monkeypatch.setattr(machine_module.platform, "processor", lambda: "")
+    monkeypatch.setattr(machine_module.platform, "machine", lambda: "AMD64")
+    name, flags = machine_module._cpu()
+    assert name == "AMD64" and set(flags) <= {"avx2", "avx512f"}
+    answer = subprocess.CompletedProcess([], 0, stdout="Apple M3\n")
+    monkeypatch.setattr(machine_module.subprocess, "run", lambda *_, **__: answer)
+    monkeypatch.setattr(machine_module.sys, "platform", "darwin")
+    monkeypatch.setattr(machine_module.platform, "machine", lambda: "arm64")
+    assert machine_module._cpu() == ("Apple M3", ["neon"])
+
+
+def test_a_containers_memory_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"memory.max": f"{GIB}\n", "memory.current": f"{GIB // 4}\n"}
+    monkeypatch.setattr(Path, "read_text", lambda self, *_, **__: texts[self.name])
+    assert machine_module._memory() == (GIB, 3 * GIB // 4)
+    texts["memory.max"] = "max\n"
+    assert machine_module._memory()[0] > GIB
+
+
+def test_graphics_cards_come_from_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    card = SimpleNamespace(name="RTX 4090", total_memory=24 * GIB, major=8, minor=9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    assert machine_module._gpus()[0] == [Gpu("RTX 4090", 24 * GIB, (8, 9))]
+
+
+def test_a_machine_without_torch_and_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(machine_module.util, "find_spec", lambda name: None)
+    assert machine_module._gpus() == ([], None)
+    assert machine_module._bitsandbytes_backends() == []
+    assert machine_module._version("no-such-distribution-here") is None
