@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion, RowError
-from qlora_kit.data.template import render_chat
+from qlora_kit.data.template import end_of_turn, render_chat
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSection
 
@@ -113,7 +113,9 @@ def chat_spans(conversation: Conversation, tokenizer: Any) -> tuple[str, list[Sp
     silent = len(turns) - len(spans)
     if _GENERATION_TAG.search(tokenizer.get_chat_template(tools=list(tools) or None)):
         marked = _marked_spans(conversation, tokenizer, text)
-        spans, silent = [_with_end_of_turn(mark, spans) for mark in marked], max(0, len(turns) - len(marked))
+        closing = end_of_turn(tokenizer)
+        spans = [_with_end_of_turn(mark, spans, text, closing) for mark in marked]
+        silent = max(0, len(turns) - len(marked))
     if not spans:
         raise RowError(
             "the chat template writes the assistant's turns otherwise than its generation prompt opens them",
@@ -197,9 +199,11 @@ def _marked_spans(conversation: Conversation, tokenizer: Any, text: str) -> list
     return [(start, end) for start, end in trimmed if end > start]
 
 
-def _with_end_of_turn(mark: Span, spans: list[Span]) -> Span:
+def _with_end_of_turn(mark: Span, spans: list[Span], text: str, closing: str) -> Span:
     # A template may close its mark before the end-of-turn token, which must be learned too.
     ends = [end for start, end in spans if start <= mark[0] < end and end > mark[1]]
+    if not ends and text.startswith(closing, mark[1]):
+        ends = [mark[1] + len(closing)]
     return mark[0], max(ends, default=mark[1])
 
 

@@ -23,12 +23,20 @@ class SourceEncoder:
         source: where the rows come from.
         section: the recipe's data section.
         tokenizer: with its chat template resolved.
+        report: to count in; a new one, with the source's fingerprint, when left out.
     """
 
-    def __init__(self, index: int, source: DataSource, section: DataSection, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        index: int,
+        source: DataSource,
+        section: DataSection,
+        tokenizer: Any,
+        report: SourceReport | None = None,
+    ) -> None:
         self.index, self.source, self.section, self.tokenizer = index, source, section, tokenizer
         self.parser = RowParser(section, source)
-        self.report = SourceReport(source.path, fingerprint(source, streaming=section.streaming))
+        self.report = report or SourceReport(source.path, fingerprint(source, streaming=section.streaming))
         special = [token for token in tokenizer.all_special_tokens if token.strip()]
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
 

@@ -113,8 +113,10 @@ class DataReport:
                 f"columns not used: {', '.join(source.ignored_columns)}": source.ignored_columns,
             }
             lines += [f"{source.path}: {text}" for text, there in notes.items() if there]
-            if source.drawn < source.used and self.eval is not source:
+            if 0 < source.drawn < source.used:
                 lines.append(f"{source.path}: {source.used - source.drawn} rows not drawn because of its weight")
+        if self.template and "strftime_now" in self.template:
+            lines.append("the chat template writes today's date: the same rows give other tokens tomorrow")
         if self.overlap:
             lines.append(f"{self.overlap} eval rows are also trained on: {', '.join(self.overlap_examples)}")
         return lines

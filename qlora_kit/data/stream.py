@@ -46,9 +46,10 @@ class StreamedTrain:
         self.section, self.seed = section, seed
         self.sources = section.sources()
         self.shares = shares(self.sources)
-        self.encoders = [SourceEncoder(k, source, section, tokenizer) for k, source in enumerate(self.sources)]
-        for encoder, report in zip(self.encoders, reports or []):
-            encoder.report = report
+        self.encoders = [
+            SourceEncoder(k, source, section, tokenizer, reports[k] if reports else None)
+            for k, source in enumerate(self.sources)
+        ]
         self.epoch, self.draws = 0, 0
         self._usable_in_epoch = False
         self._stream = self._shuffled()

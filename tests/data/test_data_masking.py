@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,16 +13,17 @@ from qlora_kit.data.masking import IGNORED, encode, encode_whole, span_mask
 from qlora_kit.data.template import shipped_templates
 from qlora_kit.errors import DataError
 
-WORDS = "fox dog 🙂 Köln naïve\n\n  three 12+5=17 <tool_call> 東京 . ! \t x".split(" ")
+WORDS = ["fox", "dog", "🙂", "Köln", "naïve\n\n", "", "three", "12+5=17", "<tool_call>", "東京", ".", "!", "\t", "x"]
 
 
-def turns(*pairs):
+def turns(*pairs: Any) -> Any:
     return Conversation(tuple({"role": role, "content": content} for role, content in pairs))
 
 
-def runs(row, tokenizer):
+def runs(row: Any, tokenizer: Any) -> Any:
     """Texts of the runs of tokens that carry loss."""
-    found, current = [], []
+    found: list[str] = []
+    current: list[int] = []
     for token, label in zip(row.input_ids.tolist(), [*row.labels.tolist()]):
         if label != IGNORED:
             assert label == token
@@ -31,11 +33,11 @@ def runs(row, tokenizer):
     return [*found, tokenizer.decode(current)] if current else found
 
 
-def whole(row, tokenizer):
+def whole(row: Any, tokenizer: Any) -> Any:
     return tokenizer.decode(row.input_ids.tolist())
 
 
-def test_one_turn_with_the_default_system_prompt_masked(smol, section):
+def test_one_turn_with_the_default_system_prompt_masked(smol: Any, section: Any) -> None:
     row = encode(turns(("user", "Hi fox"), ("assistant", "Hello dog")), smol, section())
     assert whole(row, smol) == (
         "<|im_start|>system\nYou are a helpful AI assistant named Smol<|im_end|>\n"
@@ -46,29 +48,31 @@ def test_one_turn_with_the_default_system_prompt_masked(smol, section):
     assert row.input_ids.dtype == row.labels.dtype == np.int32
 
 
-def test_end_of_turn_is_learned_though_it_is_the_pad_token(smol, section):
+def test_end_of_turn_is_learned_though_it_is_the_pad_token(smol: Any, section: Any) -> None:
     assert smol.pad_token_id == smol.eos_token_id
     row = encode(turns(("user", "a"), ("assistant", "b")), smol, section())
     assert (row.labels == smol.eos_token_id).sum() == 1
     assert (row.input_ids == smol.eos_token_id).sum() == 3
 
 
-def test_every_assistant_turn_of_many(chatml, section):
-    chat = turns(("system", "s"), ("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2"), ("user", "u3"))
+def test_every_assistant_turn_of_many(chatml: Any, section: Any) -> None:
+    chat = turns(
+        ("system", "s"), ("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2"), ("user", "u3")
+    )
     assert runs(encode(chat, chatml, section()), chatml) == ["a1<|im_end|>", "a2<|im_end|>"]
 
 
-def test_last_turn_only_for_scoring(chatml):
+def test_last_turn_only_for_scoring(chatml: Any) -> None:
     chat = turns(("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2"))
     assert runs(encode_whole(chat, chatml, "last_turn"), chatml) == ["a2<|im_end|>"]
 
 
-def test_train_on_all_is_all_but_the_first(chatml, section):
+def test_train_on_all_is_all_but_the_first(chatml: Any, section: Any) -> None:
     row = encode(turns(("user", "u"), ("assistant", "a")), chatml, section(train_on="all"))
     assert row.labels[0] == IGNORED and (row.labels[1:] == row.input_ids[1:]).all()
 
 
-def test_llama_style_turns_and_one_bos_each(llama, section):
+def test_llama_style_turns_and_one_bos_each(llama: Any, section: Any) -> None:
     chat = turns(("user", "fox"), ("assistant", "dog"), ("user", "three"), ("assistant", "apples"))
     row = encode(chat, llama, section())
     assert [text.strip() for text in runs(row, llama)] == ["dog </s>", "apples </s>"]
@@ -76,30 +80,32 @@ def test_llama_style_turns_and_one_bos_each(llama, section):
     assert row.input_ids[:2].tolist().count(llama.bos_token_id) == 1
 
 
-def test_generation_marks_are_used_and_get_their_end_of_turn(marked, section):
+def test_generation_marks_are_used_and_get_their_end_of_turn(marked: Any, section: Any) -> None:
     chat = turns(("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2"))
     assert runs(encode(chat, marked, section()), marked) == ["a1<|im_end|>", "a2<|im_end|>"]
 
 
-def test_generation_marks_rescue_a_template_without_the_prefix_property(marked, section):
+def test_generation_marks_rescue_a_template_without_the_prefix_property(marked: Any, section: Any) -> None:
     marked.chat_template = marked.chat_template.replace("<|im_start|>assistant\n", "<|im_start|>assistant\nNow: ")
-    assert runs(encode(turns(("user", "u"), ("assistant", "a")), marked, section()), marked) == ["a"]
+    assert runs(encode(turns(("user", "u"), ("assistant", "a")), marked, section()), marked) == ["a<|im_end|>"]
 
 
-def test_rewritten_earlier_turns_stay_silent_and_are_counted(reasoning, section):
-    chat = turns(("user", "u1"), ("assistant", "<think>x</think>a1"), ("user", "u2"), ("assistant", "<think>y</think>a2"))
+def test_rewritten_earlier_turns_stay_silent_and_are_counted(reasoning: Any, section: Any) -> None:
+    chat = turns(
+        ("user", "u1"), ("assistant", "<think>x</think>a1"), ("user", "u2"), ("assistant", "<think>y</think>a2")
+    )
     row = encode(chat, reasoning, section())
     assert runs(row, reasoning) == ["<think>y</think>a2<|im_end|>"]
     assert row.silent_turns == 1
 
 
-def test_a_template_that_rewrites_the_last_turn_is_refused(chatml, section):
+def test_a_template_that_rewrites_the_last_turn_is_refused(chatml: Any, section: Any) -> None:
     chatml.chat_template = chatml.chat_template.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'")
     with pytest.raises(RowError, match="otherwise than its generation prompt"):
         encode(turns(("user", "u"), ("assistant", "a")), chatml, section())
 
 
-def test_tool_calls_carry_loss_and_tool_results_do_not(base, section):
+def test_tool_calls_carry_loss_and_tool_results_do_not(base: Any, section: Any) -> None:
     base.chat_template = shipped_templates()["chatml"].read_text()
     call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
     chat = Conversation(
@@ -117,18 +123,18 @@ def test_tool_calls_carry_loss_and_tool_results_do_not(base, section):
     assert "<tools>\n" in whole(row, base) and "result 2" in whole(row, base)
 
 
-def test_prompt_and_completion_without_a_template(base, section):
+def test_prompt_and_completion_without_a_template(base: Any, section: Any) -> None:
     row = encode(PromptCompletion("Question: three?", " Answer: dog"), base, section())
     assert whole(row, base) == "Question: three? Answer: dog<|endoftext|>"
     assert runs(row, base) == [" Answer: dog<|endoftext|>"]
 
 
-def test_prompt_and_completion_with_a_template_are_turns(chatml, section):
+def test_prompt_and_completion_with_a_template_are_turns(chatml: Any, section: Any) -> None:
     row = encode(PromptCompletion("fox", "dog"), chatml, section())
     assert runs(row, chatml) == ["dog<|im_end|>"] and "<|im_start|>user\nfox" in whole(row, chatml)
 
 
-def test_plain_text_begins_with_one_bos_and_ends_with_eos(llama, section):
+def test_plain_text_begins_with_one_bos_and_ends_with_eos(llama: Any, section: Any) -> None:
     for text in ("three apples", "<s>three apples"):
         row = encode(PlainText(text), llama, section())
         assert row.input_ids[0] == llama.bos_token_id and (row.input_ids == llama.bos_token_id).sum() == 1
@@ -136,18 +142,18 @@ def test_plain_text_begins_with_one_bos_and_ends_with_eos(llama, section):
         assert row.labels[0] == IGNORED and (row.labels[1:] != IGNORED).all()
 
 
-def test_an_eos_the_text_brings_is_not_doubled(base, section):
+def test_an_eos_the_text_brings_is_not_doubled(base: Any, section: Any) -> None:
     row = encode(PlainText("fox<|endoftext|>"), base, section())
     assert (row.input_ids == base.eos_token_id).sum() == 1
 
 
-def test_a_character_of_many_tokens_carries_loss_whole(chatml, section):
+def test_a_character_of_many_tokens_carries_loss_whole(chatml: Any, section: Any) -> None:
     row = encode(turns(("user", "🙃"), ("assistant", "🙃")), chatml, section())
     assert runs(row, chatml) == ["🙃<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", ["chatml", "smol", "marked", "reasoning", "llama"])
-def test_any_conversation_trains_exactly_the_assistants_text(name, request, section):
+def test_any_conversation_trains_exactly_the_assistants_text(name: Any, request: Any, section: Any) -> None:
     tokenizer = request.getfixturevalue(name)
     end = " </s>" if name == "llama" else "<|im_end|>"
     chance = random.Random(7)
@@ -165,13 +171,13 @@ def test_any_conversation_trains_exactly_the_assistants_text(name, request, sect
         assert got == said
 
 
-def test_a_token_over_the_border_counts_for_the_answer():
+def test_a_token_over_the_border_counts_for_the_answer() -> None:
     offsets = np.array([[0, 3], [3, 6], [6, 6], [6, 9], [9, 12]])
     assert span_mask(offsets, [(5, 9)]).tolist() == [False, True, True, True, False]
     assert span_mask(offsets, [(6, 9)]).tolist() == [False, False, True, True, False]
 
 
-def test_overlong_rows(chatml, section):
+def test_overlong_rows(chatml: Any, section: Any) -> None:
     chat = turns(("user", "fox"), ("assistant", "dog " * 50))
     for choice in ("skip", "error"):
         with pytest.raises(RowError, match=r"tokens, more than data\.max_seq_len 24.*overlong"):
@@ -180,29 +186,29 @@ def test_overlong_rows(chatml, section):
     assert len(row.input_ids) == 24 and row.truncated and row.loss_tokens > 0
 
 
-def test_a_cut_row_without_loss_is_bad(chatml, section):
+def test_a_cut_row_without_loss_is_bad(chatml: Any, section: Any) -> None:
     chat = turns(("user", "fox " * 50), ("assistant", "dog"))
-    with pytest.raises(RowError, match="no token carries loss within data.max_seq_len 16"):
+    with pytest.raises(RowError, match=r"no token carries loss within data\.max_seq_len 16"):
         encode(chat, chatml, section(max_seq_len=16, overlong="truncate"))
 
 
-def test_a_conversation_needs_a_template(base, section):
+def test_a_conversation_needs_a_template(base: Any, section: Any) -> None:
     with pytest.raises(DataError, match=r"no chat template.*data\.chat_template to one of alpaca, chatml, zephyr"):
         encode(turns(("user", "u"), ("assistant", "a")), base, section())
 
 
-def test_the_templates_own_refusal_is_passed_on(llama, section):
+def test_the_templates_own_refusal_is_passed_on(llama: Any, section: Any) -> None:
     with pytest.raises(RowError, match="roles must alternate"):
         encode(turns(("user", "u"), ("user", "u"), ("assistant", "a")), llama, section())
 
 
-def test_a_template_that_drops_the_system_turn_is_refused(chatml, section):
+def test_a_template_that_drops_the_system_turn_is_refused(chatml: Any, section: Any) -> None:
     chatml.chat_template = chatml.chat_template.replace("messages %}", "messages if m.role != 'system' %}", 1)
     with pytest.raises(RowError, match=r"drops or rewrites the system turn \(turn 0\)"):
         encode(turns(("system", "be kind"), ("user", "u"), ("assistant", "a")), chatml, section())
 
 
-def test_a_template_without_tools_is_refused(chatml, section):
+def test_a_template_without_tools_is_refused(chatml: Any, section: Any) -> None:
     chat = Conversation(
         ({"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}), ({"function": {"name": "add"}},)
     )
@@ -210,13 +216,13 @@ def test_a_template_without_tools_is_refused(chatml, section):
         encode(chat, chatml, section())
 
 
-def test_no_eos_token_is_an_error(base, section):
+def test_no_eos_token_is_an_error(base: Any, section: Any) -> None:
     base.eos_token = None
     with pytest.raises(DataError, match="no eos token"):
         encode(PlainText("fox"), base, section())
 
 
-def test_slow_tokenizers_are_refused(section):
+def test_slow_tokenizers_are_refused(section: Any) -> None:
     class Slow:
         is_fast = False
 

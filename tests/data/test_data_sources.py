@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import pytest
 
@@ -13,34 +14,34 @@ from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSource
 
 
-def source(path, **fields):
+def source(path: Any, **fields: Any) -> Any:
     return DataSource.model_validate({"path": str(path)} | fields)
 
 
-def rows_of(path, **fields):
+def rows_of(path: Any, **fields: Any) -> Any:
     return [(row.number, row.value) for row in read_rows(source(path, **fields))]
 
 
-def only_error(path):
+def only_error(path: Any) -> Any:
     errors = [(row.number, row.value) for row in read_rows(source(path)) if isinstance(row.value, RowError)]
     assert len(errors) == 1
     return errors[0][0], str(errors[0][1])
 
 
-def test_jsonl_counts_lines_and_passes_blank_ones(tmp_path):
+def test_jsonl_counts_lines_and_passes_blank_ones(tmp_path: Any) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "b\xc3\xbc"}')
     assert rows_of(path) == [(1, {"text": "a"}), (3, {"text": "bü"})]
 
 
-def test_json_list_and_object_with_one_list(tmp_path):
+def test_json_list_and_object_with_one_list(tmp_path: Any) -> None:
     path = tmp_path / "a.json"
     for tree in ([{"text": "a"}], {"version": 1, "data": [{"text": "a"}]}):
         path.write_text(json.dumps(tree))
         assert rows_of(path) == [(1, {"text": "a"})]
 
 
-def test_csv_counts_lines_with_the_header(tmp_path):
+def test_csv_counts_lines_with_the_header(tmp_path: Any) -> None:
     path = tmp_path / "a.csv"
     path.write_text('prompt,completion\n"two\nlines",b\nc,"d, ""e"""\n', encoding="utf-8")
     assert rows_of(path) == [
@@ -49,19 +50,19 @@ def test_csv_counts_lines_with_the_header(tmp_path):
     ]
 
 
-def test_tsv(tmp_path):
+def test_tsv(tmp_path: Any) -> None:
     path = tmp_path / "a.TSV"
     path.write_text("prompt\tcompletion\na,b\tc\n")
     assert rows_of(path) == [(2, {"prompt": "a,b", "completion": "c"})]
 
 
-def test_a_csv_cell_of_a_megabyte(tmp_path):
+def test_a_csv_cell_of_a_megabyte(tmp_path: Any) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text\n" + "x" * 1_000_000 + "\n")
     assert len(rows_of(path)[0][1]["text"]) == 1_000_000
 
 
-def test_parquet(tmp_path):
+def test_parquet(tmp_path: Any) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -71,18 +72,18 @@ def test_parquet(tmp_path):
     assert rows_of(path) == list(enumerate(rows, 1))
 
 
-def test_hub_dataset(monkeypatch):
+def test_hub_dataset(monkeypatch: Any) -> None:
     import datasets
     import huggingface_hub
 
     made = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
     asked = []
 
-    def load(name, config, split, streaming):
+    def load(name: Any, config: Any, split: Any, streaming: Any) -> Any:
         asked.append((name, config, split, streaming))
         return made
 
-    def offline(*_, **__):
+    def offline(*_: Any, **__: Any) -> Any:
         raise OSError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -95,10 +96,10 @@ def test_hub_dataset(monkeypatch):
     assert fingerprint(source("owner/name"), streaming=True) == "commit:abc"
 
 
-def test_hub_dataset_that_does_not_load(monkeypatch):
+def test_hub_dataset_that_does_not_load(monkeypatch: Any) -> None:
     import datasets
 
-    def load(*_, **__):
+    def load(*_: Any, **__: Any) -> Any:
         raise FileNotFoundError("Dataset 'owner/nmae' doesn't exist")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -106,7 +107,7 @@ def test_hub_dataset_that_does_not_load(monkeypatch):
         rows_of("owner/nmae")
 
 
-def test_fingerprint_is_the_files_sha256(tmp_path):
+def test_fingerprint_is_the_files_sha256(tmp_path: Any) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n')
     assert fingerprint(source(path)) == "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
@@ -134,7 +135,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), FILES, ids=[name for name, _, _ in FILES])
-def test_files_that_cannot_be_read(name, content, message, tmp_path):
+def test_files_that_cannot_be_read(name: Any, content: Any, message: Any, tmp_path: Any) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -142,12 +143,12 @@ def test_files_that_cannot_be_read(name, content, message, tmp_path):
         rows_of(path)
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_a_folder_is_no_file(tmp_path: Any) -> None:
     with pytest.raises(DataError, match=r"is a folder.*Name the file in it"):
         rows_of(tmp_path)
 
 
-def test_neither_path_nor_hub_id():
+def test_neither_path_nor_hub_id() -> None:
     with pytest.raises(DataError, match=r"no data at \.\./a b/c"):
         rows_of("../a b/c")
 
@@ -157,13 +158,20 @@ LINES = [
     ("b.jsonl", b'{"text": "a"}\n["b"]\n', 2, r"row is a list, not an object: \['b'\]"),
     ("c.jsonl", b'{"text": "a"}\n{"text": "K\xf6ln"}\n', 2, r"not UTF-8: byte 0xf6 at byte 12 of the line"),
     ("d.json", b'[{"text": "a"}, 5]', 2, r"row is a int, not an object: 5"),
-    ("e.csv", b"prompt,completion\na,b\nc,d,e\n", 3, r"too many cells: 3, where the header has 2 \(prompt, completion\)"),
+    (
+        "e.csv",
+        b"prompt,completion\na,b\nc,d,e\n",
+        3,
+        r"too many cells: 3, where the header has 2 \(prompt, completion\)",
+    ),
     ("f.csv", b"prompt,completion\na\n", 2, r"too few cells: 1, where the header has 2"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "number", "message"), LINES, ids=[line[0] for line in LINES])
-def test_rows_that_cannot_be_read_are_handed_on(name, content, number, message, tmp_path):
+def test_rows_that_cannot_be_read_are_handed_on(
+    name: Any, content: Any, number: Any, message: Any, tmp_path: Any
+) -> None:
     import re
 
     path = tmp_path / name
