@@ -177,6 +177,8 @@ class EvalSection(Section):
     """Rows of one forward pass."""
     max_new_tokens: Positive = 128
     """Length of generated answers."""
+    dtype: Literal["fp32", "compute"] = "fp32"
+    """Activations while scoring: fp32 compares all forms on equal terms; compute is base.compute_dtype, and faster."""
     samples: Annotated[int, Field(ge=0, le=50)] = 3
     """Answers generated for the report."""
 

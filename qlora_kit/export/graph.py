@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
-import warnings
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,21 @@ def build_graph(merged: Path, target: Path, profile: str) -> None:
         profile: fp32, or int8 (blocks of 32, symmetric, MatMulNBits; embeddings stay fp32).
 
     Raises:
-        ExportError: the builder does not know this architecture.
+        ExportError: the builder cannot write this model (GPT-2, for one).
     """
-    from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     options = ["hf_remote=false"]
     if config.get("tie_word_embeddings"):
         options.append("shared_embeddings=true")
-    place = ("", str(merged), str(target), profile, "cpu", str(target / ".cache"))
-    said = io.StringIO()  # the builder prints every layer
-    try:
-        with contextlib.redirect_stdout(said), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            create_model(*place, **parse_extra_options(*place, options))
-    except (NotImplementedError, AttributeError, KeyError) as error:
+    command = [sys.executable, "-m", "qlora_kit.export.builder", str(merged), str(target), profile, *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise ExportError(
-            f"{config['architectures'][0]} has no ONNX decoder graph yet ({type(error).__name__}: {error})",
+            f"{config['architectures'][0]} could not be written as an ONNX decoder ({reason})",
             allowed="the decoder architectures of onnxruntime-genai: Llama, Qwen, Mistral, Gemma, Phi and kin",
             fix=f"Use the merged model in {merged}",
-        ) from error
+        )
     shutil.rmtree(target / ".cache", ignore_errors=True)
     _lay_out(target)
     for name in ("config.json", "generation_config.json"):

@@ -57,11 +57,6 @@ def merge_adapter(model: PreTrainedModel) -> list[LayerDelta]:
             _replace(model, name, plain_linear(module, module.dequantize(torch.float32)))
     model.float()
     model.config.dtype = torch.float32
-    for mark in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, mark):
-            delattr(model.config, mark)
-    for mark in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
-        model.__dict__.pop(mark, None)
     return report
 
 

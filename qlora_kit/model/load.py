@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.utils import logging as transformers_logging
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.quantized import own_quantized_layers
 from qlora_kit.model.source import BaseSource
+
+if not sys.stderr.isatty():  # a bar in a log file is noise
+    transformers_logging.disable_progress_bar()
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -135,7 +135,16 @@ def own_quantized_layers(model: nn.Module) -> int:
     for name, module in layers:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, QuantizedLinear.from_bitsandbytes(module))
+    _forget_bitsandbytes(model)
     return len(layers)
+
+
+def _forget_bitsandbytes(model: Any) -> None:
+    """Removes transformers' marks of a bitsandbytes model, which forbid casting and saving."""
+    for mark in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        model.__dict__.pop(mark, None)
+    for mark in ("quantization_config", "_pre_quantization_dtype"):
+        model.config.__dict__.pop(mark, None)
 
 
 @contextmanager

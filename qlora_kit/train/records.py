@@ -116,9 +116,9 @@ def publish_adapter(session: Session, step: int) -> None:
     os.replace(partial, session.run.adapter)
 
 
-def tool_versions() -> dict[str, str]:
+def tool_versions(more: tuple[str, ...] = ()) -> dict[str, str]:
     """Versions of the libraries that a result depends on."""
-    return {name: metadata.version(name) for name in TOOLS} | {"python": platform.python_version()}
+    return {name: metadata.version(name) for name in (*TOOLS, *more)} | {"python": platform.python_version()}
 
 
 def machine(session: Session) -> dict[str, Any]:

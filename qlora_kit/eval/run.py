@@ -1,0 +1,151 @@
+"""`qlora-kit eval`: every form of a run's model on the same held-out rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from qlora_runtime import Bundle
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_kit.data.dataset import prepare
+from qlora_kit.data.eval_rows import EvalRow, completions_in, encode_choice, eval_rows
+from qlora_kit.data.masking import Encoded
+from qlora_kit.errors import EvalError
+from qlora_kit.eval.forms import FormResult, PairResult, PerRow, compare_forms, score_form
+from qlora_kit.eval.metrics import compute_metric
+from qlora_kit.eval.results import EvalResults, plot_results, print_table, write_results
+from qlora_kit.eval.scorers import BundleScorer, Scorer, TorchScorer
+from qlora_kit.model.load import to_reference
+from qlora_kit.recipe import Recipe
+from qlora_kit.train.restore import best_device, load_run_base, load_run_tokenizer, load_tuned
+from qlora_kit.train.run_folder import RunFolder
+
+Questions = Sequence[EvalRow] | Sequence[Encoded]
+
+
+def evaluate_run(
+    run: RunFolder, console: Console, only: list[str] | None = None, max_rows: int | None = None
+) -> EvalResults:
+    """Scores the forms of `run` and writes RUN/eval/results.json and results.png.
+
+    Args:
+        only: names of forms; all that exist when left out.
+        max_rows: instead of the recipe's eval.max_rows.
+
+    Raises:
+        EvalError: a form is not there; RunError, DataError: the run or its data is not.
+    """
+    recipe, tokenizer = run.recipe(), load_run_tokenizer(run)
+    forms = find_forms(run, tokenizer)
+    for name in only or []:
+        if name not in forms:
+            raise EvalError("no such form", got=name, allowed=", ".join(forms), fix="Export first for bundles")
+    max_rows = max_rows or recipe.eval.max_rows
+    questions = held_out_rows(recipe, tokenizer, max_rows)
+    choices = _choices(recipe)
+    results: dict[str, FormResult] = {}
+    for name in only or forms:
+        console.print(f"scoring {name} on {len(questions)} rows", highlight=False)
+        started = time.perf_counter()
+        per_row = score_rows(forms[name](), questions, recipe, tokenizer, choices)
+        results[name] = score_form(per_row, time.perf_counter() - started, seed=recipe.run.seed)
+    metrics = {"answer": recipe.eval.answer, "choices": choices, "dtype": recipe.eval.dtype, "confidence": 0.95}
+    found = EvalResults(len(questions), results, _pairs(results), metrics)
+    write_results(run.path, found)
+    plot_results(found, run.path / "eval" / "results.png")
+    print_table(found, console)
+    return found
+
+
+def find_forms(run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[], Scorer]]:
+    """Name of each form that `run` has now, and a function that loads it."""
+    recipe, device = run.recipe(), best_device()
+    size = recipe.eval.batch_size
+
+    def torch_form(load: Callable[[], PreTrainedModel]) -> Callable[[], Scorer]:
+        def scorer() -> Scorer:
+            model = load()
+            return TorchScorer(to_reference(model) if recipe.eval.dtype == "fp32" else model, tokenizer, size)
+
+        return scorer
+
+    forms: dict[str, Callable[[], Scorer]] = {"base": torch_form(lambda: load_run_base(run, "none", device))}
+    if recipe.base.quant != "none":
+        forms[f"base_{recipe.base.quant}"] = torch_form(lambda: load_run_base(run, device=device))
+    if run.adapter.is_dir():
+        forms["tuned"] = torch_form(lambda: load_tuned(run, device))
+    if run.merged.is_dir():
+        forms["merged"] = torch_form(lambda: AutoModelForCausalLM.from_pretrained(run.merged, device_map={"": device}))
+    for bundle in sorted(run.bundles.glob("*/manifest.json")):
+        forms[f"bundle_{bundle.parent.name}"] = _bundle_form(bundle.parent, tokenizer, size)
+    return forms
+
+
+def held_out_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_rows: int | None) -> Questions:
+    """EvalRows where rows ask something; encoded rows of plain text otherwise."""
+    if recipe.eval.answer == "none":
+        return list(prepare(recipe.data, tokenizer, recipe.run.seed).eval)[:max_rows]
+    return eval_rows(recipe.data, tokenizer, recipe.run.seed, max_rows)
+
+
+def score_rows(
+    scorer: Scorer, questions: Questions, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, choices: list[str]
+) -> PerRow:
+    """Losses of the expected completions, and where answers are checked, each row's answer and whether it is right."""
+    rows = [q for q in questions if isinstance(q, EvalRow)]
+    if not rows:
+        losses = scorer.losses([q for q in questions if isinstance(q, Encoded)])
+        return PerRow([loss for loss, _ in losses], [tokens for _, tokens in losses])
+    if recipe.eval.answer == "choices":
+        return _score_choices(scorer, rows, tokenizer, choices)
+    losses = scorer.losses([encode_choice(row, row.completion, tokenizer) for row in rows])
+    answers = scorer.answers([row.prompt_ids.tolist() for row in rows], recipe.eval.max_new_tokens)
+    metric = {"number": "last_number", "exact": "exact_match"}[recipe.eval.answer]
+    correct = compute_metric(metric, predictions=answers, references=[row.completion for row in rows])["correct"]
+    return PerRow([loss for loss, _ in losses], [tokens for _, tokens in losses], correct, answers)
+
+
+def _score_choices(
+    scorer: Scorer, rows: Sequence[EvalRow], tokenizer: PreTrainedTokenizerBase, choices: list[str]
+) -> PerRow:
+    """Every choice is scored as the row's completion; the likeliest is the answer."""
+    for row in rows:
+        if row.completion not in choices:
+            raise EvalError(
+                f"{row.place}: the completion is none of eval.choices", got=row.completion, allowed=", ".join(choices)
+            )
+    losses = scorer.losses([encode_choice(row, choice, tokenizer) for row in rows for choice in choices])
+    by_row = [losses[start : start + len(choices)] for start in range(0, len(losses), len(choices))]
+    answers = [choices[min(range(len(choices)), key=lambda k: scores[k][0])] for scores in by_row]
+    expected = [choices.index(row.completion) for row in rows]
+    correct = compute_metric("accuracy", predictions=answers, references=[row.completion for row in rows])["correct"]
+    return PerRow(
+        [scores[k][0] for scores, k in zip(by_row, expected)],
+        [scores[k][1] for scores, k in zip(by_row, expected)],
+        correct,
+        answers,
+    )
+
+
+def _choices(recipe: Recipe) -> list[str]:
+    if recipe.eval.answer != "choices":
+        return []
+    return list(recipe.eval.choices) or completions_in(recipe.data)
+
+
+def _pairs(results: dict[str, FormResult]) -> list[PairResult]:
+    """Tuned against the bases, and all that was made from it against tuned."""
+    pairs = [("tuned", name) for name in results if name.startswith("base")]
+    pairs += [(name, "tuned") for name in results if name.startswith(("merged", "bundle"))]
+    compared = []
+    for a, b in pairs:
+        if a in results and b in results:
+            checked = results[a].accuracy is not None
+            compared.append(compare_forms(results, a, b, "accuracy" if checked else "perplexity"))
+    return compared
+
+
+def _bundle_form(folder: object, tokenizer: PreTrainedTokenizerBase, size: int) -> Callable[[], Scorer]:
+    return lambda: BundleScorer(Bundle.open(str(folder)), tokenizer, size)

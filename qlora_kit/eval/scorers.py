@@ -1,0 +1,87 @@
+"""How a form of the model is asked: losses of whole rows, and answers to prompts, by torch or by onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from qlora_runtime import Bundle, Sampling
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_kit.data.collate import collate
+from qlora_kit.data.masking import Encoded
+from qlora_kit.data.template import stop_token_ids
+from qlora_kit.export.verify import log_softmax
+from qlora_kit.generate import generate_ids
+from qlora_kit.model.quantized import expanded
+from qlora_kit.train.loss import row_losses
+
+RowLoss = tuple[float, int]
+"""Summed loss in nats, and the tokens it was summed over."""
+
+
+class Scorer(Protocol):
+    """One form of the model."""
+
+    def losses(self, rows: Sequence[Encoded]) -> list[RowLoss]: ...
+    def answers(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]: ...
+
+
+class TorchScorer:
+    """Scores a torch model, rows batched by length."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+
+    def losses(self, rows: Sequence[Encoded]) -> list[RowLoss]:
+        found: dict[int, RowLoss] = {}
+        for places in _by_length(rows, self.batch_size):
+            batch = collate([rows[place] for place in places], pad_id=self.tokenizer.pad_token_id)
+            batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+            sums, tokens = row_losses(self.model, batch)
+            found |= zip(places, zip(sums.tolist(), tokens.tolist()))
+        return [found[place] for place in range(len(rows))]
+
+    def answers(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
+        with expanded(self.model, self.model.config.dtype):
+            ids = [generate_ids(self.model, self.tokenizer, list(prompt), max_new_tokens) for prompt in prompts]
+        return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
+
+
+class BundleScorer:
+    """Scores an ONNX bundle with the runner that ships it."""
+
+    def __init__(self, bundle: Bundle, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        self.bundle, self.tokenizer, self.batch_size = bundle, tokenizer, batch_size
+
+    def losses(self, rows: Sequence[Encoded]) -> list[RowLoss]:
+        found: dict[int, RowLoss] = {}
+        for places in _by_length(rows, self.batch_size):
+            batch = collate([rows[p] for p in places], pad_id=self.tokenizer.pad_token_id)
+            logits = self.bundle.logits(batch["input_ids"].numpy(), batch["attention_mask"].numpy())
+            for place, row_logits in zip(places, logits):
+                labels = rows[place].labels
+                kept = np.flatnonzero(labels[1:] != -100)
+                log_p = log_softmax(row_logits[kept])[np.arange(len(kept)), labels[kept + 1]]
+                found[place] = (float(-log_p.sum()), len(kept))
+        return [found[place] for place in range(len(rows))]
+
+    def answers(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
+        sampling = Sampling(max_new_tokens=max_new_tokens)
+        ends = set(stop_token_ids(self.tokenizer))
+        texts = []
+        for prompt in prompts:
+            ids: list[int] = []
+            for token in self.bundle.stream(list(prompt), sampling):
+                if token in ends:
+                    break
+                ids.append(token)
+            texts.append(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return texts
+
+
+def _by_length(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
+    """Places of the rows in batches of similar length, so that little is padding."""
+    order = sorted(range(len(rows)), key=lambda place: (len(rows[place].input_ids), place))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

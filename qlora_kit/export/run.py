@@ -1,0 +1,110 @@
+"""`qlora-kit export`: merge in fp32 on the dequantized base, write bundles, hold each to the trained model."""
+
+from __future__ import annotations
+
+import shutil
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_kit.data.dataset import prepare
+from qlora_kit.data.masking import IGNORED, Encoded
+from qlora_kit.data.template import stop_token_ids
+from qlora_kit.errors import ExportError
+from qlora_kit.export.bundle import make_bundle
+from qlora_kit.export.merge import LayerDelta, merge_adapter, save_merged
+from qlora_kit.export.reference import ReferenceRow, answer
+from qlora_kit.export.verify import PROFILES, Distances
+from qlora_kit.model.load import to_reference
+from qlora_kit.model.quantized import expanded
+from qlora_kit.recipe import Recipe
+from qlora_kit.train.records import tool_versions
+from qlora_kit.train.restore import load_run_tokenizer, load_tuned
+from qlora_kit.train.run_folder import RunFolder, write_json
+
+EXPORT_TOOLS = ("onnx", "onnxruntime", "onnxruntime-genai", "qlora-runtime")
+
+
+def export_run(run: RunFolder, console: Console, profiles: list[str] | None = None) -> dict[str, Distances]:
+    """Writes RUN/merged and RUN/bundles/PROFILE for each profile.
+
+    Raises:
+        ExportError: an unknown profile, a weight that is not finite, an architecture without a graph.
+        VerificationError: a bundle is past its profile's tolerance (the others are still made).
+    """
+    recipe, tokenizer = run.recipe(), load_run_tokenizer(run)
+    names = profiles or list(recipe.export.profiles)
+    for name in names:
+        if name not in PROFILES:
+            raise ExportError("no such profile", got=name, allowed=", ".join(PROFILES))
+    with run.lock():
+        model = to_reference(load_tuned(run))
+        _set_end_tokens(model, tokenizer)
+        rows = reference_rows(model, recipe, tokenizer)
+        deltas = merge_adapter(model)
+        save_merged(model, tokenizer, run.merged)
+        del model
+        write_json(run.path / "merge.json", _merge_report(deltas))
+        console.print(f"merged {len(deltas)} layers in fp32 into {run.merged}", highlight=False)
+        manifest = run.manifest()
+        made: dict[str, Distances] = {}
+        failure: ExportError | None = None
+        for name in names:
+            try:
+                made[name] = make_bundle(
+                    run.merged,
+                    run.bundles / name,
+                    PROFILES[name],
+                    rows,
+                    base=manifest["base"],
+                    adapter=manifest["adapter"],
+                    tools=tool_versions(EXPORT_TOOLS),
+                )
+                console.print(_summary(run, name, made[name]), highlight=False)
+            except ExportError as error:
+                failure = failure or error
+        if not recipe.export.merged:
+            shutil.rmtree(run.merged)
+    if failure:
+        raise failure
+    return made
+
+
+def reference_rows(model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[ReferenceRow]:
+    """The trained model's own answers to the held-out rows on which bundles are proven, short and long ones."""
+    held_out = prepare(recipe.data, tokenizer, recipe.run.seed).eval
+    count = min(recipe.export.verify_prompts, len(held_out))
+    order = sorted(range(len(held_out)), key=lambda place: len(held_out[place].input_ids))
+    chosen = [held_out[order[k * (len(order) - 1) // max(1, count - 1)]] for k in range(count)]
+    with expanded(model, model.config.dtype):
+        return [answer(model, row.input_ids.tolist(), row.labels.tolist(), _prompt_tokens(row)) for row in chosen]
+
+
+def _prompt_tokens(row: Encoded) -> int:
+    """Tokens before the first that carries loss; of a row that is all loss, half."""
+    first = int((row.labels != IGNORED).argmax())
+    return first if first > 1 else max(1, len(row.input_ids) // 2)
+
+
+def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The merged model stops where the tokenizer's template ends a turn, whoever runs it."""
+    ends = stop_token_ids(tokenizer)
+    single = ends[0] if len(ends) == 1 else ends
+    model.config.eos_token_id = model.generation_config.eos_token_id = single
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _merge_report(deltas: list[LayerDelta]) -> list[dict[str, float | str]]:
+    return [
+        {"layer": d.name, "delta_norm": d.delta_norm, "weight_norm": d.weight_norm, "ratio": d.ratio} for d in deltas
+    ]
+
+
+def _summary(run: RunFolder, name: str, distances: Distances) -> str:
+    size = sum(file.stat().st_size for file in (run.bundles / name).rglob("*") if file.is_file())
+    return (
+        f"{run.bundles / name}: {size / 2**20:.0f} MiB, verified on {distances.rows} rows: largest logit difference "
+        f"{distances.max_logit:.2g}, top-1 agreement {distances.top1_agreement:.2%}, perplexity ratio "
+        f"{distances.perplexity_ratio:.6f}, greedy tokens {distances.greedy_tokens_equal} of "
+        f"{distances.greedy_tokens_compared} equal"
+    )
