@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from qlora_kit.data.chat_spans import find_spans
 from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion, RowError, split_key
-from qlora_kit.data.masking import Encoded, chat_spans, encode_whole, plain_special
+from qlora_kit.data.masking import Encoded, encode_whole, plain_special
 from qlora_kit.data.reading import SourceEncoder, eval_source
 from qlora_kit.data.schemas import RowParser
 from qlora_kit.data.sources import read_rows
@@ -155,6 +156,5 @@ def _eval_row(row: Encoded, example: Example, place: str, tokenizer: Any) -> Eva
     message = chat.messages[last]
     completion = message.get("content") or ""
     if message.get("tool_calls"):  # as the template writes them: what a model would have to generate
-        text, spans, _ = chat_spans(chat, tokenizer)
-        completion = text[slice(*spans[-1])].removesuffix(end_of_turn(tokenizer))
+        completion = find_spans(chat, tokenizer).last_said().removesuffix(end_of_turn(tokenizer))
     return EvalRow(np.array(ids, dtype=np.int32), completion, example, row.source, row.row, place)

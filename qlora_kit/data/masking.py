@@ -1,27 +1,23 @@
 """Token ids and loss mask of an example: which tokens the model is trained to say.
 
-A conversation is rendered once and tokenized once. Its assistant turns are found as character spans: a turn
-begins where generation would begin (the turns before it, rendered with the generation prompt) and ends with
-the template's end-of-turn text, without the line break after it. Offsets carry the spans over to tokens. The
-mask never looks at ids: a pad token that is also eos is told apart by its place.
+A conversation is tokenized once, as a whole. Its assistant turns are found as character spans (`chat_spans`),
+and offsets carry them over to tokens. The mask never looks at ids: a pad token that is also eos is told apart
+by its place.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from qlora_kit.data.chat_spans import Span, find_spans
 from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion, RowError
-from qlora_kit.data.template import end_of_turn, render_chat
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSection
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -82,48 +78,17 @@ def encode_whole(
         example = example.as_conversation()
     silent = 0
     if isinstance(example, Conversation):
-        text, spans, silent = chat_spans(example, tokenizer)
+        chat = find_spans(example, tokenizer)
+        silent = chat.silent_turns
         # The template has written bos itself where it is wanted.
-        ids, offsets = _tokenize(tokenizer, text, special=False)
-        loss = span_mask(offsets, spans[-1:] if train_on == "last_turn" else spans)
+        ids, offsets = _tokenize(tokenizer, chat.text, special=False)
+        loss = span_mask(offsets, chat.spans[chat.last_turn :] if train_on == "last_turn" else chat.spans)
     else:
         ids, loss = _encode_plain(example, tokenizer)
     if train_on == "all":
         loss = np.ones_like(loss)
     loss[0] = False
     return Encoded(ids, np.where(loss, ids, np.int32(IGNORED)), silent_turns=silent)
-
-
-def chat_spans(conversation: Conversation, tokenizer: Any) -> tuple[str, list[Span], int]:
-    """A conversation's text, the character spans that carry loss, and the number of assistant turns without.
-
-    Raises:
-        RowError: the template refuses or drops a turn, or no assistant turn can be told from the rest.
-    """
-    messages, tools = list(conversation.messages), conversation.tools
-    text = render_chat(tokenizer, messages, tools)
-    spans: list[Span] = []
-    turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    for k in turns:
-        before = render_chat(tokenizer, messages[:k], tools, generation_prompt=True)
-        whole = text if k == len(messages) - 1 else render_chat(tokenizer, messages[: k + 1], tools)
-        end = len(whole.rstrip())
-        if whole.startswith(before) and text.startswith(whole[:end]) and end > len(before):
-            spans.append((len(before), end))
-    silent = len(turns) - len(spans)
-    if _GENERATION_TAG.search(tokenizer.get_chat_template(tools=list(tools) or None)):
-        marked = _marked_spans(conversation, tokenizer, text)
-        closing = end_of_turn(tokenizer)
-        spans = [_with_end_of_turn(mark, spans, text, closing) for mark in marked]
-        silent = max(0, len(turns) - len(marked))
-    if not spans:
-        raise RowError(
-            "the chat template writes the assistant's turns otherwise than its generation prompt opens them",
-            reason="no loss mask",
-            fix="Use a template whose text only grows with each turn (data.chat_template: chatml)",
-        )
-    _check_nothing_dropped(conversation, text)
-    return text, spans, silent
 
 
 def span_mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
@@ -179,48 +144,3 @@ def _fitted(row: Encoded, section: DataSection) -> Encoded:
         fix = "Raise data.max_seq_len, or set data.bad_rows: skip"
         raise RowError(f"no token carries loss{cut}", reason="all masked", fix=fix)
     return row
-
-
-def _marked_spans(conversation: Conversation, tokenizer: Any, text: str) -> list[Span]:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    tools: Any = list(conversation.tools) or None
-    result: Any = render_jinja_template(
-        conversations=[list(conversation.messages)],
-        tools=tools,
-        chat_template=tokenizer.get_chat_template(tools=tools),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    rendered, marks = result
-    if rendered[0] != text:
-        raise RowError("the chat template's {% generation %} marks change its text", reason="no loss mask")
-    trimmed = [(start, start + len(text[start:end].rstrip())) for start, end in marks[0]]
-    return [(start, end) for start, end in trimmed if end > start]
-
-
-def _with_end_of_turn(mark: Span, spans: list[Span], text: str, closing: str) -> Span:
-    # A template may close its mark before the end-of-turn token, which must be learned too.
-    ends = [end for start, end in spans if start <= mark[0] < end and end > mark[1]]
-    if not ends and text.startswith(closing, mark[1]):
-        ends = [mark[1] + len(closing)]
-    return mark[0], max(ends, default=mark[1])
-
-
-def _check_nothing_dropped(conversation: Conversation, text: str) -> None:
-    names = {tool["function"]["name"] for tool in conversation.tools}
-    for k, message in enumerate(conversation.messages):
-        names |= {call["function"]["name"] for call in message.get("tool_calls", [])}
-        if message["role"] in ("system", "user") and message["content"].strip() not in text:
-            raise RowError(
-                f"the chat template drops or rewrites the {message['role']} turn (turn {k})",
-                reason="template drops a turn",
-                fix="Use a template that writes it (data.chat_template: chatml)",
-            )
-    dropped = sorted(name for name in names if name not in text)
-    if dropped:
-        raise RowError(
-            f"the chat template does not write tools or tool calls: {', '.join(dropped)}",
-            reason="template drops tools",
-            fix="Use a template that does (data.chat_template: chatml), or remove them",
-        )

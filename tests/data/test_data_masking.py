@@ -67,6 +67,16 @@ def test_last_turn_only_for_scoring(chatml: Any) -> None:
     assert runs(encode_whole(chat, chatml, "last_turn"), chatml) == ["a2<|im_end|>"]
 
 
+def test_last_turn_of_a_template_with_several_marks_a_turn(marked: Any) -> None:
+    closed = "{% generation %}{{ m.content }}{% endgeneration %}"
+    twice = (
+        "{% generation %}{{ m.content[:1] }}{% endgeneration %}-{% generation %}{{ m.content[1:] }}{% endgeneration %}"
+    )
+    marked.chat_template = marked.chat_template.replace(closed, twice)
+    chat = turns(("user", "u1"), ("assistant", "one"), ("user", "u2"), ("assistant", "two"))
+    assert runs(encode_whole(chat, marked, "last_turn"), marked) == ["t", "wo<|im_end|>"]
+
+
 def test_train_on_all_is_all_but_the_first(chatml: Any, section: Any) -> None:
     row = encode(turns(("user", "u"), ("assistant", "a")), chatml, section(train_on="all"))
     assert row.labels[0] == IGNORED and (row.labels[1:] == row.input_ids[1:]).all()
@@ -212,8 +222,38 @@ def test_a_template_without_tools_is_refused(chatml: Any, section: Any) -> None:
     chat = Conversation(
         ({"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}), ({"function": {"name": "add"}},)
     )
-    with pytest.raises(RowError, match="does not write tools or tool calls: add"):
+    with pytest.raises(RowError, match="does not write the row's tools: add"):
         encode(chat, chatml, section())
+
+
+def test_a_template_that_lists_tools_but_drops_calls_is_refused(chatml: Any, section: Any) -> None:
+    chatml.chat_template = "{% for t in tools %}{{ t.function.name }}{% endfor %}" + chatml.chat_template.replace(
+        "m.content", "(m.content or '')"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    chat = Conversation(
+        ({"role": "user", "content": "u"}, {"role": "assistant", "tool_calls": [call]}),
+        ({"function": {"name": "add"}},),
+    )
+    with pytest.raises(RowError, match="does not write turn 1's calls: add"):
+        encode(chat, chatml, section())
+
+
+def test_an_eos_only_at_the_end_of_the_conversation(chatml: Any, section: Any) -> None:
+    chatml.eos_token = "<|endoftext|>"
+    chatml.chat_template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    chat = turns(("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2"))
+    assert runs(encode(chat, chatml, section()), chatml) == ["a1<|im_end|>", "a2<|im_end|>\n<|endoftext|>"]
+
+
+def test_a_mark_that_opens_before_the_generation_prompt_ends(marked: Any, section: Any) -> None:
+    opened = "{% if m.role == 'assistant' %}{% generation %}{{ '\n' + m.content }}{% endgeneration %}"
+    marked.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}" + opened + "{% else %}{{ '\n' + m.content }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    chat = turns(("user", "u"), ("assistant", "a"))
+    assert runs(encode(chat, marked, section()), marked) == ["a<|im_end|>"]
 
 
 def test_no_eos_token_is_an_error(base: Any, section: Any) -> None:

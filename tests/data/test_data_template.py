@@ -25,7 +25,8 @@ QWEN = (  # shaped like Qwen2.5's: the default prompt stands in two places
 )
 MISTRAL = (  # the default is a variable: an empty system turn is the nearest to none
     "{%- set default = 'You are a default.' %}{%- if messages[0].role == 'system' %}"
-    "{%- set system = messages[0].content %}{%- set turns = messages[1:] %}{%- else %}{%- set system = default %}{%- set turns = messages %}{%- endif %}"
+    "{%- set system = messages[0].content %}{%- set turns = messages[1:] %}"
+    "{%- else %}{%- set system = default %}{%- set turns = messages %}{%- endif %}"
     "{{- '[SYS]' + system + '[/SYS]' }}"
     "{%- for m in turns %}{% if m.role == 'user' %}{{- '[INST]' + m.content + '[/INST]' }}"
     "{% else %}{{- m.content + eos_token }}{% endif %}{%- endfor %}"
