@@ -1,0 +1,102 @@
+"""Do bf16 adapters learn like fp32 ones? Loss curves of three ways to store an adapter, over seeds.
+
+    python scripts/bench_precision.py [--seeds 0 1 2] [--steps 120]
+
+fp32; bf16 with its low 16 bits kept (the default); bf16 alone. Writes benchmarks/adapter_precision.json, .md, .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_runs import RESULTS, environment, hardware_line, manifest, metrics, train_run, write
+
+VARIANTS = {
+    "fp32": ["adapter.dtype=fp32"],
+    "bf16 + low bits": ["adapter.dtype=bf16", "adapter.keep_precision=true"],
+    "bf16 alone": ["adapter.dtype=bf16", "adapter.keep_precision=false"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_precision"))
+    options = parser.parse_args()
+    runs = {
+        variant: [_train(options, variant, seed) for seed in options.seeds]
+        for variant in VARIANTS
+    }  # fmt: skip
+    curves = {v: [[r["loss"] for r in metrics(run, "train")] for run in of] for v, of in runs.items()}
+    evals = {v: [[r["loss"] for r in metrics(run, "eval")] for run in of] for v, of in runs.items()}
+    final = {v: [manifest(run)["results"]["final_eval_loss"] for run in of] for v, of in runs.items()}
+    _plot(curves, evals, options.steps)
+    _report(options, curves, evals, final, environment(runs["fp32"][0]))
+
+
+def _train(options: argparse.Namespace, variant: str, seed: int) -> Path:
+    overrides = [
+        *VARIANTS[variant],
+        f"run.seed={seed}",
+        f"train.lr={options.lr}",
+        f"train.max_steps={options.steps}",
+        f"train.eval_every={max(1, options.steps // 6)}",
+        "train.eval_batches=16",
+    ]
+    name = f"{variant.replace(' + ', '-').replace(' ', '-')}-seed{seed}"
+    return train_run("smollm2-sentiment", name, options.out, overrides)
+
+
+def _plot(curves: dict[str, Any], evals: dict[str, Any], steps: int) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    for (variant, of), style in zip(curves.items(), ("-", "--", ":")):
+        mean = np.mean(of, axis=0)
+        smooth = np.convolve(mean, np.ones(5) / 5, mode="valid")
+        left.plot(np.arange(len(smooth)) + 3, smooth, style, label=variant)
+        held_out = np.array(evals[variant])
+        at = np.linspace(steps / held_out.shape[1], steps, held_out.shape[1])
+        right.errorbar(at, held_out.mean(0), held_out.std(0, ddof=1), fmt=f"o{style}", capsize=3, label=variant)
+    left.set(title="training loss, mean over seeds, 5-step mean", xlabel="step", ylabel="nats a token")
+    right.set(title="held-out loss, mean ± s.d. over seeds", xlabel="step", ylabel="nats a token")
+    left.legend()
+    right.legend()
+    figure.tight_layout()
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / "adapter_precision.png", dpi=110)
+
+
+def _report(options: argparse.Namespace, curves: Any, evals: Any, final: dict[str, list[float]], env: Any) -> None:
+    from qlora_kit.eval.intervals import paired_t_interval
+
+    reference = np.array(curves["fp32"])
+    rows = []
+    for variant in VARIANTS:
+        apart = float(np.abs(np.array(curves[variant]) - reference).mean())
+        against = paired_t_interval(final[variant], final["fp32"]) if variant != "fp32" else None
+        paired = "" if against is None else f"{against.value:+.5f} [{against.low:+.5f}, {against.high:+.5f}]"
+        rows.append(f"| {variant} | {np.mean(final[variant]):.5f} | {paired} | {apart:.5f} |")
+    table = (
+        "# Adapter storage: does bf16 learn like fp32?\n\n"
+        f"SmolLM2-135M, NF4 base, sentiment, {options.steps} steps of 16 rows, lr {options.lr}, "
+        f"seeds {options.seeds}.\n\n"
+        "| adapter | held-out loss | against fp32, paired 95% t interval | mean distance of its training curve |\n"
+        "|---|---|---|---|\n" + "\n".join(rows) + "\n\n![curves](adapter_precision.png)\n\n"
+        f"`python scripts/bench_precision.py --steps {options.steps} --lr {options.lr}` on " + hardware_line(env)
+    )
+    tree = {"seeds": options.seeds, "steps": options.steps, "lr": options.lr, "train_loss": curves, "eval_loss": evals,
+            "final_eval_loss": final, **env}  # fmt: skip
+    write("adapter_precision", tree, table)
+
+
+if __name__ == "__main__":
+    main()

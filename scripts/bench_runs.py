@@ -1,0 +1,60 @@
+"""What the training benchmarks share: one run through the command line, and where figures are written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "benchmarks"
+
+
+def train_run(recipe: str, name: str, out_dir: Path, overrides: list[str]) -> Path:
+    """Trains `recipe` as OUT_DIR/NAME unless that run is finished already, going on where it was stopped."""
+    run = out_dir / name
+    if _status(run) == "finished":
+        return run
+    command = [sys.executable, "-m", "qlora_kit.cli", "train", "--quiet"]
+    if _status(run):
+        command += ["--resume", str(run)]
+    else:
+        command += [recipe, f"run.name={name}", f"run.out_dir={out_dir}", *overrides, "--overwrite"]
+    subprocess.run(command, check=True)
+    return run
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    return json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+
+
+def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind of RUN/metrics.jsonl."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+def environment(run: Path) -> dict[str, Any]:
+    """Hardware and versions that a run was made with."""
+    made = manifest(run)
+    return {"machine": made["machine"], "tools": made["tools"]}
+
+
+def write(name: str, tree: dict[str, Any], table: str) -> None:
+    """Writes benchmarks/NAME.json and NAME.md."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+def hardware_line(environment: dict[str, Any]) -> str:
+    """One line under a table: processor, threads and versions."""
+    machine, tools = environment["machine"], environment["tools"]
+    versions = ", ".join(f"{name} {tools[name]}" for name in ("torch", "transformers", "bitsandbytes"))
+    return f"{machine['device']} ({machine['cpu_capability']}), {machine['threads']} threads; {versions}.\n"
+
+
+def _status(run: Path) -> str | None:
+    return manifest(run).get("status") if (run / "manifest.json").exists() else None
