@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_an_empty_batch() -> None:
 
 
 def test_show_marks_loss_without_colour(chatml: Any, section: Any, jsonl: Any) -> None:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=StringIO())
     rows = [*REVIEWS, {"prompt": "[bold]markup[/bold]", "completion": ""}]
     show(section(train=jsonl(rows), bad_rows="skip"), chatml, 2, console, seed=1)
     text = console.export_text()
@@ -132,7 +133,7 @@ def test_show_marks_loss_without_colour(chatml: Any, section: Any, jsonl: Any) -
 
 
 def test_show_of_a_stream(chatml: Any, section: Any, jsonl: Any) -> None:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=StringIO())
     fields = section(train=jsonl(REVIEWS), eval=jsonl(REVIEWS[:2], "eval.jsonl"), streaming=True)
     show(fields, chatml, 3, console)
     text = console.export_text()
