@@ -152,6 +152,20 @@ def test_a_prompt_survives_saving_the_tokenizer(smol: Any, section: Any, tmp_pat
     assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(USER, tokenize=False) == text
 
 
+@pytest.mark.parametrize("prompt", [None, "", PROMPT])
+@pytest.mark.parametrize("template", ["chatml", "zephyr", "alpaca", QWEN, MISTRAL, COMPUTED])
+def test_the_torch_free_runner_renders_alike(template: Any, prompt: Any, llama: Any, section: Any) -> None:
+    chat = pytest.importorskip("qlora_runtime.chat")
+    name = template if template in shipped_templates() else None
+    llama.chat_template = None if name else template
+    ours = resolve_template(llama, section(chat_template=name, system_prompt=prompt))
+    theirs = chat.ChatTemplate(ours, llama.special_tokens_map)
+    llama.chat_template = ours
+    for messages in (USER, TOLD, [*CHAT, *USER]):
+        text = llama.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert theirs.render(messages) == text
+
+
 def test_a_row_masks_the_written_prompt(smol: Any, section: Any) -> None:
     fields = section(system_prompt="Say yes")
     smol.chat_template = resolve_template(smol, fields)
