@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = _verb(verbs, "plan", run_plan, "how much memory a recipe takes; loads no weights")
     _add_recipe(plan)
+    plan.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where it would train (default cuda)")
     plan.add_argument("--json", action="store_true", help="for programs")
 
     data = _verb(verbs, "data", run_data_show, "look at the rows a recipe trains on")
@@ -97,7 +98,7 @@ def run_plan(options: argparse.Namespace) -> None:
     from qlora_kit.recipe_file import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    result = plan(recipe, find_config(recipe.base))
+    result = plan(recipe, find_config(recipe.base), device=options.device)
     if options.json:
         print(json.dumps(result.to_json(), indent=2))
     else:

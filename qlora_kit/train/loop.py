@@ -15,6 +15,7 @@ import torch
 from qlora_kit.adapters.peft_format import fill_adapter, read_adapter, save_adapter
 from qlora_kit.errors import CheckpointError, Interrupted, TrainingError
 from qlora_kit.recipe import Recipe
+from qlora_kit.recipe_file import recipe_to_tree
 from qlora_kit.train import records
 from qlora_kit.train.checkpoint import Checkpoint, TrainState, newest_checkpoint, prune_checkpoints, save_checkpoint
 from qlora_kit.train.determinism import seed_for
@@ -22,6 +23,7 @@ from qlora_kit.train.loss import count_loss_tokens, row_losses, token_losses
 from qlora_kit.train.optim import clip_gradients, lr_at
 from qlora_kit.train.progress import Progress
 from qlora_kit.train.run_folder import RunFolder
+from qlora_kit.train.samples import write_samples
 from qlora_kit.train.session import Session, start_session
 
 
@@ -47,6 +49,7 @@ def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = Fal
         session = start_session(recipe, run)
         state = _resume(session) if resume else _begin(session)
         progress.start(session, state)
+        _start_trackers(session)
         try:
             with _stop_signals() as stop_wanted:
                 while state.step < session.total_steps and not state.stopped_early:
@@ -119,6 +122,14 @@ def evaluate_loss(session: Session, batches: int | None = None) -> tuple[float, 
     return total / max(1, count), count
 
 
+def _start_trackers(session: Session) -> None:
+    """TensorBoard and Weights & Biases, through accelerate; the recipe is their configuration."""
+    if session.recipe.train.trackers:
+        tree = recipe_to_tree(session.recipe)
+        flat = {f"{section}.{key}": str(value) for section, part in tree.items() for key, value in part.items()}
+        session.accelerator.init_trackers("qlora-kit", config=flat)
+
+
 def _begin(session: Session) -> TrainState:
     state = TrainState(
         micro_batch_size=session.recipe.train.micro_batch_size,
@@ -182,7 +193,7 @@ def _check_same_conditions(session: Session, state: TrainState, checkpoint: Chec
 
 def _after_step(session: Session, state: TrainState, stats: StepStats, progress: Progress) -> None:
     """Counts, logs, evaluates and saves as the recipe says."""
-    train, run = session.recipe.train, session.run
+    train = session.recipe.train
     state.step += 1
     state.tokens_seen += stats.tokens
     state.elapsed_s += stats.seconds
@@ -194,8 +205,8 @@ def _after_step(session: Session, state: TrainState, stats: StepStats, progress:
     due = train.save_every and state.step % train.save_every == 0
     if due or improved or state.stopped_early or _at_end(session, state):
         save(session, state)
-    if session.accelerator.is_main_process:
-        run.update_manifest(step=state.step) if due else None
+        if session.accelerator.is_main_process:
+            session.run.update_manifest(step=state.step)
 
 
 def _at_end(session: Session, state: TrainState) -> bool:
@@ -243,6 +254,7 @@ def _finish(session: Session, state: TrainState, progress: Progress) -> None:
     loss = state.best_loss
     if len(session.data.eval) and step == state.step:
         loss, _ = evaluate_loss(session)
+    write_samples(session)
     session.run.update_manifest(**records.at_end(session, state, step, loss))
     progress.finish(session.run.adapter, step, loss)
 

@@ -1,0 +1,38 @@
+"""A few answers of the trained model, for the report: RUN/samples.json."""
+
+from __future__ import annotations
+
+from qlora_kit.data.eval_rows import EvalRow, eval_rows
+from qlora_kit.errors import DataError
+from qlora_kit.generate import generate_ids
+from qlora_kit.model.quantized import expanded
+from qlora_kit.train.run_folder import write_json
+from qlora_kit.train.session import Session
+
+
+def write_samples(session: Session) -> None:
+    """Greedy answers to the first held-out prompts; nothing where the rows are plain text, which asks nothing."""
+    recipe, tokenizer = session.recipe, session.tokenizer
+    if not recipe.eval.samples:
+        return
+    try:
+        rows = eval_rows(recipe.data, tokenizer, recipe.run.seed, recipe.eval.samples)
+    except DataError as error:
+        session.run.note(f"no samples: {error}")
+        return
+    session.plain.eval()
+    with expanded(session.plain, session.plain.config.dtype):
+        samples = [_sample(session, row) for row in rows]
+    session.plain.train()
+    write_json(session.run.path / "samples.json", samples)
+
+
+def _sample(session: Session, row: EvalRow) -> dict[str, str]:
+    tokenizer = session.tokenizer
+    prompt = row.prompt_ids.tolist()
+    answer = generate_ids(session.plain, tokenizer, prompt, session.recipe.eval.max_new_tokens)
+    return {
+        "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+        "expected": row.completion,
+        "answer": tokenizer.decode(answer, skip_special_tokens=True),
+    }
