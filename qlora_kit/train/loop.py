@@ -39,15 +39,17 @@ class StepStats:
     seconds: float
 
 
-def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = False) -> None:
+def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = False, overwrite: bool = False) -> None:
     """Trains the recipe's adapter in `run`, from the start or from the newest whole checkpoint.
+
+    Everything is loaded before the first file is written: a recipe that cannot start leaves the folder as it was.
 
     Raises:
         QloraKitError: its children say what went wrong; a run that started is left resumable.
     """
-    with run.lock():
-        session = start_session(recipe, run)
-        state = _resume(session) if resume else _begin(session)
+    session = start_session(recipe, run)
+    with run.lock() if session.accelerator.is_main_process else nullcontext():
+        state = _resume(session) if resume else _begin(session, overwrite)
         progress.start(session, state)
         _start_trackers(session)
         try:
@@ -130,7 +132,7 @@ def _start_trackers(session: Session) -> None:
         session.accelerator.init_trackers("qlora-kit", config=flat)
 
 
-def _begin(session: Session) -> TrainState:
+def _begin(session: Session, overwrite: bool) -> TrainState:
     state = TrainState(
         micro_batch_size=session.recipe.train.micro_batch_size,
         grad_accum_steps=session.recipe.train.grad_accum_steps,
@@ -139,6 +141,7 @@ def _begin(session: Session) -> TrainState:
         data_sha256=session.data.sha256,
     )
     if session.accelerator.is_main_process:
+        session.run.begin(session.recipe, overwrite)
         session.tokenizer.save_pretrained(session.run.tokenizer)
         session.run.update_manifest(**records.at_start(session))
     return state
@@ -148,8 +151,7 @@ def _resume(session: Session) -> TrainState:
     """Goes on from the newest whole checkpoint; from the start where none was written yet."""
     checkpoint, damaged = newest_checkpoint(session.run.checkpoints)
     if checkpoint is None:
-        session.run.drop_metrics_after(0)
-        return _begin(session)
+        return _begin(session, overwrite=True)
     state = checkpoint.state
     _check_same_conditions(session, state, checkpoint)
     stored = read_adapter(checkpoint.adapter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -34,23 +35,28 @@ class RunFolder:
 
     @classmethod
     def create(cls, recipe: Recipe, overwrite: bool = False) -> RunFolder:
-        """A new run folder with the resolved recipe in it.
+        """The folder of a new run. Nothing is written before `begin`, so that a wrong recipe leaves no trace.
+
+        Raises:
+            RunError: the folder holds a run already, or another process uses it.
+        """
+        run = cls(Path(recipe.run.out_dir) / recipe.run.name)
+        run._check_new(overwrite)
+        if run.path.is_dir():
+            with run.lock(wait_s=1.0):
+                pass
+        return run
+
+    def begin(self, recipe: Recipe, overwrite: bool = False) -> None:
+        """Writes the resolved recipe, in place of an earlier run where `overwrite` says so. Hold the lock.
 
         Raises:
             RunError: the folder holds a run already.
         """
-        run = cls(Path(recipe.run.out_dir) / recipe.run.name)
-        if run.recipe_file.exists() and not overwrite:
-            raise RunError(
-                f"{run.path} holds a run already",
-                fix="Go on with it by --resume, start again by --overwrite, or give another run.name",
-            )
-        run.path.mkdir(parents=True, exist_ok=True)
-        with run.lock():
-            if overwrite:
-                run._clear()
-            write_atomically(run.recipe_file, dump_recipe(recipe))
-        return run
+        self._check_new(overwrite)
+        if self.recipe_file.exists():
+            self._clear()
+        write_atomically(self.recipe_file, dump_recipe(recipe))
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -81,15 +87,18 @@ class RunFolder:
             )
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the folder for this process.
+    def lock(self, wait_s: float = 0.0) -> Iterator[None]:
+        """Holds the folder for this process; makes it where it is missing.
 
         Raises:
-            RunError: another process holds it.
+            RunError: another process holds it, or it cannot be made.
         """
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=wait_s)
+        except OSError as error:
+            raise disk_error(self.path, error) from error
         except Timeout:
             raise RunError(f"{self.path} is in use by another process", fix="Wait for it, or stop it") from None
         try:
@@ -133,13 +142,19 @@ class RunFolder:
         kept = [record for record in self.metrics() if record["step"] <= step]
         write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def _clear(self) -> None:
-        import shutil
+    def _check_new(self, overwrite: bool) -> None:
+        if self.recipe_file.exists() and not overwrite:
+            raise RunError(
+                f"{self.path} holds a run already",
+                fix="Go on with it by --resume, start again by --overwrite, or give another run.name",
+            )
 
+    def _clear(self) -> None:
+        """Removes all but the lock and recipe.yaml, which marks the folder as a run's."""
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
-            elif entry.name != ".lock":
+            elif entry not in (self.path / ".lock", self.recipe_file):
                 entry.unlink()
 
 
