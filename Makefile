@@ -33,10 +33,10 @@ bench: demo-data
 	$(BIN)/python scripts/bench_all.py
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --cov=qlora_kit --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --cov=qlora_kit --cov-report=term --cov-fail-under=90
 
 test-all: demo-data
-	$(BIN)/python -m pytest -m "not gpu" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2
 
 lint: setup
 	$(BIN)/ruff check .

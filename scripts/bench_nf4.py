@@ -1,6 +1,6 @@
 """NF4 training against training on the 16-bit base: GSM8K answers, held-out loss, paired over seeds.
 
-    python scripts/bench_nf4.py --data PATH/gsm8k [--seeds 0 1 2] [--steps 120]
+    python scripts/bench_nf4.py --data PATH/gsm8k [--seeds 0 1 2] [--steps 100]
 
 Same rows, same order, same steps; only base.quant differs. Writes benchmarks/nf4_vs_16bit.json and .md.
 """
@@ -18,8 +18,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with GSM8K's train.jsonl and test.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--eval-rows", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--eval-rows", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of one run (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_nf4"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -40,6 +41,7 @@ def _train(options: argparse.Namespace, held_out: Path, seed: int, quant: str) -
         f"data.train={options.data / 'train.jsonl'}",
         f"data.eval={held_out}",
         f"run.seed={seed}",
+        f"train.threads={options.threads}",
         f"base.quant={quant}",
         f"train.max_steps={options.steps}",
     ]

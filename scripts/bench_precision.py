@@ -1,6 +1,6 @@
 """Do bf16 adapters learn like fp32 ones? Loss curves of three ways to store an adapter, over seeds.
 
-    python scripts/bench_precision.py [--seeds 0 1 2] [--steps 120]
+    python scripts/bench_precision.py [--seeds 0 1 2] [--steps 100]
 
 fp32; bf16 with its low 16 bits kept (the default); bf16 alone. Writes benchmarks/adapter_precision.json, .md, .png.
 """
@@ -24,8 +24,9 @@ VARIANTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of one run (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_precision"))
     options = parser.parse_args()
     runs = {
@@ -43,6 +44,7 @@ def _train(options: argparse.Namespace, variant: str, seed: int) -> Path:
     overrides = [
         *VARIANTS[variant],
         f"run.seed={seed}",
+        f"train.threads={options.threads}",
         f"train.lr={options.lr}",
         f"train.max_steps={options.steps}",
         f"train.eval_every={max(1, options.steps // 6)}",
