@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Positive = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+ONE, SEVERAL = "<one>", "<several>"  # which form of a field an error speaks of
+
+
+def _form(value: object) -> str:
+    return SEVERAL if isinstance(value, list) else ONE
+
+
+TextOrTexts = Annotated[Annotated[Text, Tag(ONE)] | Annotated[list[Text], Tag(SEVERAL)], Discriminator(_form)]
 Schema = Literal["text", "prompt_completion", "alpaca", "messages", "sharegpt"]
 
 
 class Section(BaseModel):
     """Frozen, and refuses keys it does not know: a typo is an error, never a silent default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RunSection(Section):
@@ -54,11 +65,11 @@ class AdapterSection(Section):
     """Dropout on the input of A."""
     bias: Literal["none", "lora_only", "all"] = "none"
     """Which biases of the base are trained as well."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: TextOrTexts = "all-linear"
     """`all-linear` (all but the head), a regular expression that matches whole names, or a list of name endings."""
-    modules_to_save: list[str] = []
+    modules_to_save: list[Text] = []
     """Modules trained in full and saved with the adapter; a tied head stays tied."""
-    new_tokens: list[str] = []
+    new_tokens: list[Text] = []
     """Tokens added to the vocabulary; embedding and head are then trained and saved."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Storage of the adapter's weights."""
@@ -78,9 +89,11 @@ class DataSource(Section):
 
 
 class DataSection(Section):
-    train: str | list[DataSource]
+    train: Annotated[
+        Annotated[Text, Tag(ONE)] | Annotated[list[DataSource], Tag(SEVERAL), Field(min_length=1)], Discriminator(_form)
+    ]
     """One path or hub id, or a list of weighted sources."""
-    eval: str | None = None
+    eval: Text | None = None
     """Held-out rows; when left out, `eval_fraction` of the training rows is held out."""
     eval_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Share of training rows held out where `eval` is not given."""
@@ -205,17 +218,28 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
-        train, data = self.train, self.data
-        if (train.max_steps is None) == (train.epochs is None):
-            raise ValueError("train: give exactly one of max_steps and epochs")
-        if data.streaming and (train.max_steps is None or data.eval is None):
-            raise ValueError(
-                "data.streaming needs train.max_steps and data.eval: a stream has no known length to split"
-            )
-        if train.max_steps is not None and train.warmup_steps > train.max_steps:
-            raise ValueError(f"train.warmup_steps {train.warmup_steps} is more than max_steps {train.max_steps}")
-        if train.early_stopping_patience and not train.eval_every:
-            raise ValueError("train.early_stopping_patience needs train.eval_every")
-        if self.eval.choices and self.eval.answer != "choices":
-            raise ValueError(f"eval.choices needs eval.answer: choices (got {self.eval.answer!r})")
+        if problems := [*_length_problems(self), *_choice_problems(self.eval)]:
+            raise ValueError("\n".join(problems))
         return self
+
+
+def _length_problems(recipe: Recipe) -> list[str]:
+    train, data, problems = recipe.train, recipe.data, []
+    if (train.max_steps is None) == (train.epochs is None):
+        problems.append("train: give exactly one of max_steps and epochs")
+    if data.streaming and (train.max_steps is None or data.eval is None):
+        problems.append("data.streaming needs train.max_steps and data.eval: a stream has no known length to split")
+    if train.max_steps is not None and train.warmup_steps > train.max_steps:
+        problems.append(f"train.warmup_steps {train.warmup_steps} is more than max_steps {train.max_steps}")
+    if train.early_stopping_patience and not train.eval_every:
+        problems.append("train.early_stopping_patience needs train.eval_every")
+    return problems
+
+
+def _choice_problems(section: EvalSection) -> list[str]:
+    problems, choices = [], section.choices
+    if choices and section.answer != "choices":
+        problems.append(f"eval.choices needs eval.answer: choices (got {section.answer!r})")
+    if choices and len(set(choices)) < max(2, len(choices)):
+        problems.append(f"eval.choices: got {choices!r}; give at least two, each once")
+    return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -13,7 +14,17 @@ import yaml
 from pydantic import ValidationError
 
 from qlora_kit.errors import RecipeError
-from qlora_kit.recipe import Recipe
+from qlora_kit.recipe import ONE, SEVERAL, DataSection, DataSource, Recipe
+
+_SCALARS = {  # tag, pattern and first characters of YAML 1.2's core schema (section 10.3.2); null is as in 1.1
+    "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "int": (r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", "-+0123456789"),
+    "float": (
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        "-+.0123456789",
+    ),
+}
+_YAML_TAG = "tag:yaml.org,2002:"
 
 
 class _Yaml12Loader(yaml.SafeLoader):
@@ -27,25 +38,31 @@ class _Yaml12Loader(yaml.SafeLoader):
     }
 
 
-_Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), list("tTfF"))
-_Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$", re.I),
-    list("-+.0123456789"),
-)
-_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+class _YamlDumper(yaml.SafeDumper):
+    """Quotes what either YAML version would read as something else than text."""
+
+
+for _name, (_pattern, _first) in _SCALARS.items():
+    for _class in (_Yaml12Loader, _YamlDumper):
+        _class.add_implicit_resolver(f"{_YAML_TAG}{_name}", re.compile(_pattern), list(_first))
+
+
+def _construct_int(loader: yaml.SafeLoader, node: Any) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
 
 
 def _construct_mapping(loader: _Yaml12Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    merge = f"{_YAML_TAG}merge"
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
     doubled = sorted({str(key) for key in keys if keys.count(key) > 1})
     if doubled:
         raise yaml.constructor.ConstructorError(None, None, f"key given twice: {', '.join(doubled)}", node.start_mark)
     return loader.construct_mapping(node, deep=True)
 
 
-_Yaml12Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+_Yaml12Loader.add_constructor(f"{_YAML_TAG}int", _construct_int)
+_Yaml12Loader.add_constructor(f"{_YAML_TAG}map", _construct_mapping)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -75,7 +92,7 @@ def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [line for item in error.errors() for line in _explain(item).splitlines()]
         plural = "s" if len(lines) > 1 else ""
         raise RecipeError(
             f"{origin}: {len(lines)} wrong field{plural}:\n  " + "\n  ".join(lines) + "\nMend and run again"
@@ -89,7 +106,7 @@ def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
-    return yaml.safe_dump(recipe_to_tree(recipe), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe_to_tree(recipe), Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -126,7 +143,9 @@ def _find(path_or_name: str) -> Path:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}", fix="Check its permissions") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not valid YAML: {error}", fix="Mend the place named above") from None
     if not isinstance(tree, dict):
         raise RecipeError(
@@ -146,34 +165,35 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise RecipeError(f"override {dotted}: {key} is not a section", got=override, allowed="section.key=value")
     try:
         tree[keys[-1]] = yaml.load(text, Loader=_Yaml12Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise RecipeError(f"override {dotted}: the value is not valid YAML", got=text, fix="Quote it") from None
 
 
 def _explain(item: Any) -> str:
-    field = ".".join(str(part) for part in item["loc"]) or "recipe"
+    place = tuple(part for part in item["loc"] if part not in (ONE, SEVERAL))
+    field = ".".join(str(part) for part in place) or "recipe"
     if item["type"] == "missing":
         return f"{field}: missing; give it a value"
     if item["type"] == "extra_forbidden":
-        return f"{field}: unknown key (got {item['input']!r}); remove it or correct its spelling{_nearest(item['loc'])}"
+        return f"{field}: unknown key (got {item['input']!r}); remove it or correct its spelling{_nearest(place)}"
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error" and not item["loc"]:
+    if item["type"] == "value_error" and not place:
         return message
+    if item["type"] == "string_type":
+        message = "Input should be text or a list" if ONE in item["loc"] else "Input should be text"
+        if isinstance(item["input"], int | float):
+            message += f": write it in quotes, '{item['input']}'"
     return f"{field}: got {item['input']!r} ({type(item['input']).__name__}); {message[0].lower()}{message[1:]}"
 
 
-def _nearest(loc: tuple[Any, ...]) -> str:
-    import difflib
-
+def _nearest(place: tuple[Any, ...]) -> str:
+    """A close name that the section at `place` does have, or all of them."""
     model: Any = Recipe
-    for part in loc[:-1]:
-        model = (
-            model.model_fields[part].annotation
-            if hasattr(model, "model_fields") and part in model.model_fields
-            else None
-        )
-    names = (
-        [field.alias or name for name, field in model.model_fields.items()] if hasattr(model, "model_fields") else []
-    )
-    close = difflib.get_close_matches(str(loc[-1]), names, n=1)
-    return f" (did you mean {close[0]}?)" if close else f"; allowed: {', '.join(names)}" if names else ""
+    for part in place[:-1]:
+        if part == "train" and model is DataSection:
+            model = DataSource
+        elif isinstance(part, str):
+            model = model.model_fields[part].annotation
+    names = [field.alias or name for name, field in model.model_fields.items()]
+    close = difflib.get_close_matches(str(place[-1]), names, n=1)
+    return f" (did you mean {close[0]}?)" if close else f"; allowed: {', '.join(names)}"
