@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ExpandWeight = Callable[[torch.dtype], Tensor]
 """Returns the frozen weight [out, in] in the dtype asked for."""
@@ -39,11 +40,12 @@ class _FrozenLinear(torch.autograd.Function):
         return frozen_linear_reference(x, expand, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (grad_y,) = grads
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ ctx.expand(grad_y.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_bias = grad_y.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+            grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, None, grad_bias

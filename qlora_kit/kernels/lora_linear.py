@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qlora_kit.kernels.frozen_linear import ExpandWeight, frozen_linear
 
@@ -53,6 +54,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
+    @once_differentiable  # h is saved without its history
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, h, a, b = ctx.saved_tensors
         g = grads[0].reshape(-1, grads[0].shape[-1])  # [tokens, out]

@@ -21,9 +21,13 @@ from transformers.utils import logging as transformers_logging
 from qlora_kit.errors import ModelError
 from qlora_kit.model.quantized import own_quantized_layers
 from qlora_kit.model.source import BaseSource
+from qlora_kit.model.weights import first_line, refuse_missing_weights
 
 if not sys.stderr.isatty():  # a bar in a log file is noise
     transformers_logging.disable_progress_bar()
+
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
+"""What transformers raises on broken configurations and weights: it checks few of their fields itself."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -46,28 +50,29 @@ def load_base(
         skip_modules: names of linear layers to leave unquantized, beside the head.
 
     Raises:
-        ModelError: the folder cannot be read as a causal language model.
+        ModelError: the folder cannot be read as a causal language model, or weights are missing in it.
     """
     options: dict[str, Any] = {}
-    if quant != "none":
-        keep = None
-        if skip_modules:
-            keep = [*get_keys_to_not_convert(_empty(source, trust_remote_code)), *skip_modules]
-        options["quantization_config"] = _bitsandbytes_config(quant, double_quant, compute_dtype, keep)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        if quant != "none":
+            keep = _unquantized_names(source, skip_modules, trust_remote_code) if skip_modules else None
+            options["quantization_config"] = _bitsandbytes_config(quant, double_quant, compute_dtype, keep)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=compute_dtype,
             device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         raise ModelError(
-            f"base.model {source.reference} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            f"base.model {source.reference} cannot be loaded: {first_line(error)}",
             fix="Check that the folder holds a causal language model and whole weight files",
         ) from error
+    model, info = loaded
+    refuse_missing_weights(info, source.reference)
     replaced = own_quantized_layers(model)
     if quant != "none" and not replaced:
         raise ModelError(f"base.model {source.reference} has no linear layer to quantize", fix="Set base.quant=none")
@@ -85,9 +90,9 @@ def load_tokenizer(folder: Any, trust_remote_code: bool = False) -> PreTrainedTo
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers package raises plain Exception on a damaged file
         raise ModelError(
-            f"{folder}: no tokenizer: {error}", fix="Put the tokenizer's files beside the model"
+            f"{folder}: no tokenizer: {first_line(error)}", fix="Put the tokenizer's files beside the model"
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: only a slow tokenizer", fix="Save it with a tokenizer.json")
@@ -120,8 +125,11 @@ def _bitsandbytes_config(
     )
 
 
-def _empty(source: BaseSource, trust_remote_code: bool) -> PreTrainedModel:
-    """The model's modules on the meta device: no weights."""
-    with torch.device("meta"):
+def _unquantized_names(source: BaseSource, skip_modules: list[str], trust_remote_code: bool) -> list[str]:
+    """Full names of what stays unquantized: the head, and every layer that is or lies in one of `skip_modules`."""
+    with torch.device("meta"):  # modules without weights
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    names = [name for name, _ in model.named_modules() if f".{name}".endswith(tuple(f".{n}" for n in skip_modules))]
+    inner = [f"{name}.{child}" for name in names for child, _ in model.get_submodule(name).named_modules() if child]
+    return [*get_keys_to_not_convert(model), *names, *inner]

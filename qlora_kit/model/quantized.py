@@ -25,7 +25,8 @@ def _import_bitsandbytes() -> Any:
     """bitsandbytes without the package `kernels`, through which its CPU backend would fetch a binary from a hub."""
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
-    hidden = sys.modules.get("kernels")
+    absent = object()
+    hidden: Any = sys.modules.get("kernels", absent)
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     sys.modules["kernels"] = None  # type: ignore[assignment]
@@ -35,7 +36,7 @@ def _import_bitsandbytes() -> Any:
     finally:
         logger.setLevel(level)
         del sys.modules["kernels"]
-        if hidden is not None:
+        if hidden is not absent:
             sys.modules["kernels"] = hidden
     return bitsandbytes
 
@@ -53,6 +54,11 @@ class QuantizedLinear(nn.Module):
 
     codes: Tensor
     absmax: Tensor
+    code: Tensor
+    nested_absmax: Tensor
+    nested_code: Tensor
+    offset: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, quant: str, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -62,11 +68,17 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_bitsandbytes(cls, layer: nn.Module) -> QuantizedLinear:
-        """Takes over the codes and statistics of a `Linear4bit` or `Linear8bitLt` that was never run."""
-        weight: Any = layer.weight
+    def from_bitsandbytes(cls, layer: Any) -> QuantizedLinear:
+        """Takes over the codes and statistics of a `Linear4bit` or `Linear8bitLt` that was never run.
+
+        Raises:
+            ModelError: the layer was run, and so repacked, or was never quantized.
+        """
+        weight = layer.weight
         if isinstance(layer, bnb.nn.Linear4bit):
             state = weight.quant_state
+            if state is None:
+                raise ModelError("a 4-bit layer was never quantized", fix="Load the model onto a device")
             if getattr(state, "packing_format_for_cpu", False):
                 raise ModelError("a 4-bit layer was repacked by bitsandbytes' own forward", fix="Load the model again")
             quantized = cls(layer.in_features, layer.out_features, state.quant_type, layer.bias)
@@ -80,6 +92,8 @@ class QuantizedLinear(nn.Module):
                     "offset": state.offset,
                 }
         else:
+            if weight.SCB is None:
+                raise ModelError("an 8-bit layer was never quantized or was run", fix="Load the model again")
             quantized = cls(layer.in_features, layer.out_features, "int8", layer.bias)
             tensors = {"codes": weight.data, "absmax": weight.SCB}
         for name, tensor in tensors.items():
@@ -90,9 +104,9 @@ class QuantizedLinear(nn.Module):
         """The weight [out, in], expanded in fp32 and cast once to `dtype`."""
         if self.kept is not None and self.kept.dtype == dtype:
             return self.kept
-        if self.quant == "int8":
-            return (self.codes.float() * (self.absmax / 127.0).unsqueeze(1)).to(dtype)
         functional = bnb.functional
+        if self.quant == "int8":
+            return functional.int8_vectorwise_dequant(self.codes, self.absmax).to(dtype)
         nested = None
         if self.nested_block_size:
             nested = functional.QuantState(
@@ -116,6 +130,16 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""
         return frozen_linear(x, self.dequantize, self.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        """Codes and statistics follow the module to a device, never to another dtype: `model.half()` spares them."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
 
     def stored_bytes(self) -> int:
         """Bytes of codes and statistics."""
@@ -151,10 +175,11 @@ def _forget_bitsandbytes(model: Any) -> None:
 def expanded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Keeps every expanded weight for the time of the block: the same bits, without the work at each token."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    before = [layer.kept for layer in layers]
     try:
         for layer in layers:
             layer.kept = layer.dequantize(dtype)
         yield
     finally:
-        for layer in layers:
-            layer.kept = None
+        for layer, kept in zip(layers, before):
+            layer.kept = kept

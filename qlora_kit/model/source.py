@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_kit.errors import ModelError
-
-CACHE_VERSION = "1"  # raise when the conversion below changes
+from qlora_kit.model.gguf import convert_gguf
+from qlora_kit.model.weights import first_line, sha256_file
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,15 @@ def find_base(model: str, revision: str | None = None, trust_remote_code: bool =
         ModelError: nothing is there, the folder is incomplete, or it needs remote code that is not allowed.
     """
     path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        folder = _convert_gguf(path)
+    if revision is not None and (path.suffix.lower() == ".gguf" or path.is_dir()):
+        raise ModelError(
+            f"base.revision means a hub id's version; {model} is a path", got=revision, fix="Set base.revision=null"
+        )
+    if path.suffix.lower() == ".gguf":
+        folder = convert_gguf(path, cache_dir())
     elif path.is_dir():
         folder = path
-    elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
         raise ModelError("base.model names no model", got=model, allowed="a hub id, a folder or a .gguf file")
     else:
         folder = _download(model, revision)
@@ -63,30 +67,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("QLORA_KIT_CACHE", "~/.cache/qlora-kit")).expanduser()
 
 
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's content, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check_folder(folder: Path, model: str, trust_remote_code: bool) -> None:
-    import json
-
     config = folder / "config.json"
     if not config.is_file():
         raise ModelError(
             f"base.model {model}: {folder} has no config.json", fix="Give the folder of a transformers model"
         )
-    try:
-        tree = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"base.model {model}: {config} is not JSON: {error}", fix="Copy the model again") from None
-    if "auto_map" in tree and "model_type" not in tree and not trust_remote_code:
+    tree = _read_json(config, model)
+    if "auto_map" in tree and not trust_remote_code and not _known(tree.get("model_type")):
         raise ModelError(
             f"base.model {model} needs Python code from its repository",
             fix="Read that code, then set base.trust_remote_code=true",
         )
-    weights = list(folder.glob("*.safetensors"))
+    weights = {file.name for file in folder.glob("*.safetensors")}
     if not weights:
         pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         found = f"only {pickled[0].name}, which is a pickle and could run code" if pickled else "no weights"
@@ -95,18 +88,35 @@ def _check_folder(folder: Path, model: str, trust_remote_code: bool) -> None:
         )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(named - {weight.name for weight in weights})
+        shards = _read_json(index, model).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ModelError(f"base.model {model}: {index} has no weight_map", fix="Copy the model again")
+        missing = sorted({str(shard) for shard in shards.values()} - weights)
         if missing:
             raise ModelError(
                 f"base.model {model}: shard {missing[0]} is missing in {folder}", fix="Copy the model again"
             )
 
 
+def _read_json(path: Path, model: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"base.model {model}: {path} is not JSON: {error}", fix="Copy the model again") from None
+    if not isinstance(tree, dict):
+        raise ModelError(f"base.model {model}: {path} is not a JSON object", fix="Copy the model again")
+    return tree
+
+
+def _known(model_type: object) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
 def _download(model: str, revision: str | None) -> Path:
-    from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of the client that it was built on
 
     try:
         return Path(
@@ -114,46 +124,8 @@ def _download(model: str, revision: str | None) -> Path:
                 model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
             )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HFValidationError, HTTPError, OSError) as error:
         raise ModelError(
-            f"base.model {model}: no such folder here, and the hub did not give it ({reason})",
+            f"base.model {model}: no such folder here, and the hub did not give it ({first_line(error)})",
             fix="Check the spelling, the network or the access token, or give a local folder",
         ) from None
-
-
-def _convert_gguf(path: Path) -> Path:
-    """GGUF to a cached folder: dequantized to fp32, so that its own codes are kept exactly, tokenizer included."""
-    if not path.is_file():
-        raise ModelError(
-            "base.model: no such GGUF file", got=str(path), fix="Check the path (make demo fetches the demo's)"
-        )
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"base.model {path} is not a GGUF file", fix="Download it again")
-    target = cache_dir() / "gguf" / f"{sha256_file(path)[:24]}-{CACHE_VERSION}"
-    if (target / "config.json").is_file():
-        return target
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        model.config._name_or_path = ""
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
-        os.replace(partial, target)
-    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(
-            f"base.model {path}: this GGUF cannot be read: {error}", fix="Use a safetensors model"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
