@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_kit.errors import CheckpointError
 from qlora_kit.model.source import sha256_file
-from qlora_kit.train.run_folder import disk_error
+from qlora_kit.train.atomic import disk_error, sync
 
 
 @dataclass
@@ -34,12 +37,17 @@ class TrainState:
     stopped_early: bool = False
     tokens_seen: int = 0
     elapsed_s: float = 0.0
+    """Time in the loop, evaluations and checkpoints included, over all resumes."""
+    step_s: float = 0.0
+    """Time in training steps alone."""
+    peak_rss_bytes: int = 0
     grad_scaler: dict[str, Any] = field(default_factory=dict)
     micro_batch_size: int = 1
     grad_accum_steps: int = 1
     threads: int = 1
     processes: int = 1
     data_sha256: str = ""
+    base_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,39 +64,48 @@ class Checkpoint:
         return self.folder / "adapter"
 
 
+FORMAT = "qlora-checkpoint/1"
+PARTS = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "optimizer.safetensors", "state.json")
+
+
 def save_checkpoint(
     root: Path,
     state: TrainState,
-    write_adapter: Any,
+    write_adapter: Callable[[Path], None],
     optimizer_tensors: dict[str, Tensor],
     optimizer_numbers: dict[str, float],
 ) -> Path:
-    """Writes checkpoint `step-N` below `root`. `write_adapter(folder)` writes the adapter's files.
+    """Writes checkpoint `step-N` below `root`, unless a whole one is there: one step has one state.
+
+    Args:
+        write_adapter: writes the adapter's files into the folder it is given.
 
     Raises:
         RunError: the disk is full or not writable; what was there before is untouched.
     """
-    target = root / f"step-{state.step:06d}"
+    target = checkpoint_folder(root, state.step)
     partial = root / f".partial-{target.name}"
+    if _is_whole(target):
+        return target
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_adapter(partial / "adapter")
         save_file(optimizer_tensors, partial / "optimizer.safetensors")
-        tree = {"format": "qlora-checkpoint/1", "state": asdict(state), "optimizer_numbers": optimizer_numbers}
+        tree = {"format": FORMAT, "state": asdict(state), "optimizer_numbers": optimizer_numbers}
         (partial / "state.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
         files = sorted(file for file in partial.rglob("*") if file.is_file())
-        hashes = {str(file.relative_to(partial)): sha256_file(file) for file in files}
+        hashes = {file.relative_to(partial).as_posix(): sha256_file(file) for file in files}
         (partial / "hashes.json").write_text(json.dumps(hashes, indent=1), encoding="utf-8")
         for file in [*files, partial / "hashes.json", partial / "adapter", partial]:
-            _sync(file)
+            sync(file)
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
-        _sync(root)
-    except OSError as error:
+        sync(root)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise disk_error(target, error) from error
+        raise disk_error(target, _as_os_error(error)) from error
     return target
 
 
@@ -98,23 +115,35 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or changed, or the format is not known.
     """
+    check_whole(folder)
+    tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if tree.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}: format", got=tree.get("format"), allowed=FORMAT, fix="Use an earlier one")
+    try:
+        state = TrainState(**tree["state"])
+    except TypeError as error:
+        raise CheckpointError(f"{folder}: another version's state: {error}", fix="Use an earlier one") from None
+    return Checkpoint(folder, state, load_file(folder / "optimizer.safetensors"), tree["optimizer_numbers"])
+
+
+def check_whole(folder: Path) -> None:
+    """Checks that every file of a checkpoint is there and is what was written.
+
+    Raises:
+        CheckpointError: one is not.
+    """
     try:
         hashes = json.loads((folder / "hashes.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise CheckpointError(
-            f"{folder} is damaged: hashes.json is missing or torn", fix="Use an earlier one"
-        ) from None
+        hashes = None
+    if not isinstance(hashes, dict) or not hashes.keys() >= set(PARTS):
+        raise CheckpointError(f"{folder} is damaged: hashes.json is missing or torn", fix="Use an earlier one")
     for name, digest in hashes.items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{folder} is damaged: {name} is missing", fix="Use an earlier one")
         if sha256_file(file) != digest:
             raise CheckpointError(f"{folder} is damaged: {name} is not what was written", fix="Use an earlier one")
-    tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if tree.get("format") != "qlora-checkpoint/1":
-        raise CheckpointError(f"{folder}: format", got=tree.get("format"), allowed="qlora-checkpoint/1")
-    tensors = load_file(folder / "optimizer.safetensors")
-    return Checkpoint(folder, TrainState(**tree["state"]), tensors, tree["optimizer_numbers"])
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -123,7 +152,7 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
     """
-    damaged = []
+    damaged: list[str] = []
     folders = checkpoint_folders(root)
     for folder in reversed(folders):
         try:
@@ -132,30 +161,45 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
             damaged.append(str(error))
     if folders:
         raise CheckpointError(
-            f"no whole checkpoint is left in {root}: {' '.join(damaged)}", fix="Start again: --overwrite"
+            f"no whole checkpoint is left in {root}: {' '.join(damaged)}", fix="Start again with --overwrite"
         )
     return None, damaged
 
 
+def checkpoint_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
 def checkpoint_folders(root: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
-    return sorted(root.glob("step-[0-9]*")) if root.is_dir() else []
+    found = (folder for folder in root.glob("step-*") if folder.name.removeprefix("step-").isdecimal())
+    return sorted(found, key=step_of) if root.is_dir() else []
 
 
 def prune_checkpoints(root: Path, keep: int, best_step: int | None) -> None:
     """Removes all but the newest `keep` checkpoints and the best one, and what kills left half written."""
     for folder in checkpoint_folders(root)[:-keep]:
-        if folder.name != f"step-{best_step or 0:06d}":
+        if step_of(folder) != best_step:
             shutil.rmtree(folder)
     for partial in root.glob(".partial-*"):
         shutil.rmtree(partial)
 
 
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot sync a folder
-    descriptor = os.open(path, os.O_RDONLY)
+def _is_whole(folder: Path) -> bool:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        check_whole(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _as_os_error(error: OSError | SafetensorError) -> OSError:
+    """safetensors tells the system's error number only in its text."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(None, str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ def make_deterministic(device: torch.device, threads: int | None) -> int:
         torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     return torch.get_num_threads()
 
 

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from qlora_kit.adapters.peft_format import fill_adapter, read_adapter, save_adapter
-from qlora_kit.errors import CheckpointError, Interrupted, TrainingError
+from qlora_kit.errors import Interrupted, RunError, TrainingError
 from qlora_kit.recipe import Recipe
-from qlora_kit.recipe_file import recipe_to_tree
 from qlora_kit.train import records
-from qlora_kit.train.checkpoint import Checkpoint, TrainState, newest_checkpoint, prune_checkpoints, save_checkpoint
+from qlora_kit.train.checkpoint import TrainState
 from qlora_kit.train.determinism import seed_for
 from qlora_kit.train.loss import count_loss_tokens, row_losses, token_losses
 from qlora_kit.train.optim import clip_gradients, lr_at
-from qlora_kit.train.progress import Progress
+from qlora_kit.train.progress import Progress, QuietProgress
+from qlora_kit.train.resume import begin, resume_from_checkpoint
 from qlora_kit.train.run_folder import RunFolder
 from qlora_kit.train.samples import write_samples
+from qlora_kit.train.saving import publish, save
 from qlora_kit.train.session import Session, start_session
+from qlora_kit.train.signals import StopSignals, stop_signals
+
+LOWEST_LOSS_SCALE = 2.0**-10  # fp16 gradients that overflow even here are not finite for another reason
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class StepStats:
     tokens: int
     loss_tokens: int
     seconds: float
+    loss_scale: float | None
+    """None unless base.compute_dtype is fp16."""
+    skipped: bool
+    """fp16 gradients overflowed: no weight was changed, and the loss scale is halved."""
 
 
 def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = False, overwrite: bool = False) -> None:
@@ -47,22 +54,33 @@ def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = Fal
     Raises:
         QloraKitError: its children say what went wrong; a run that started is left resumable.
     """
-    session = start_session(recipe, run)
-    with run.lock() if session.accelerator.is_main_process else nullcontext():
-        state = _resume(session) if resume else _begin(session, overwrite)
-        progress.start(session, state)
-        _start_trackers(session)
+    with run.lock():
+        if not resume:
+            run.check_new(overwrite)
+        else:
+            run.check_same_recipe(recipe)
+            if records.is_finished(run):
+                progress.say(f"{run.path} is finished: nothing is left to do")
+                return
+        session = start_session(recipe, run)
+        progress = progress if session.accelerator.is_main_process else QuietProgress()
+        state = resume_from_checkpoint(session) if resume else begin(session, overwrite)
         try:
-            with _stop_signals() as stop_wanted:
+            progress.start(session, state)
+            session.start_trackers()
+            with stop_signals() as signals:
                 while state.step < session.total_steps and not state.stopped_early:
                     stats = train_step(session, state.step + 1)
                     _after_step(session, state, stats, progress)
-                    if stop_wanted and state.step < session.total_steps:
-                        raise _interrupt(session, state)
-            _finish(session, state, progress)
-        except BaseException:
-            if session.accelerator.is_main_process and run.manifest().get("status") == "running":
-                run.update_manifest(status="failed", step=state.step)
+                    if state.step < session.total_steps and _stop_wanted(session, signals):
+                        raise _interrupted(session, state)
+                signals.at_once = True  # all steps are done: what follows can be done again
+                _finish(session, state, progress)
+        except KeyboardInterrupt:
+            _leave(session, state, "interrupted")
+            raise Interrupted("stopped at once", fix=run.how_to_resume()) from None
+        except BaseException as error:
+            _leave(session, state, "interrupted" if isinstance(error, Interrupted) else "failed")
             raise
         finally:
             progress.stop()
@@ -79,143 +97,91 @@ def train_step(session: Session, step: int) -> StepStats:
     train, optimizer, scaler = session.recipe.train, session.optimizer, session.scaler
     micro_batches = [session.batches.next_micro_batch() for _ in range(train.grad_accum_steps)]
     batches = [session.collate(rows) for rows in micro_batches]
-    counts = torch.tensor(
-        [sum(count_loss_tokens(b["labels"]) for b in batches), sum(int(b["attention_mask"].sum()) for b in batches)]
-    )
-    loss_tokens, tokens = session.accelerator.reduce(counts.to(session.accelerator.device)).tolist()
+    tokens, loss_tokens = _count_tokens(session, batches)
+    loss = _forward_backward(session, step, batches, loss_tokens)
 
-    loss_sum = torch.zeros((), device=session.accelerator.device)
-    for place, batch in enumerate(batches):
-        torch.manual_seed(seed_for(session.recipe.run.seed, step, place, session.accelerator.process_index))
-        last = place == len(batches) - 1
-        with nullcontext() if last else session.accelerator.no_sync(session.model):
-            losses, _ = token_losses(session.model, batch)
-            # Processes average their gradients; multiplied by their number they sum.
-            loss = losses.sum() / loss_tokens * session.accelerator.num_processes
-            scaler.scale(loss).backward()
-        loss_sum += losses.detach().sum()
-    loss_value = session.accelerator.reduce(loss_sum).item() / loss_tokens
-
-    scaler.unscale_(optimizer)
+    scale = scaler.get_scale() if scaler.is_enabled() else None
+    stepped = cast(torch.optim.Optimizer, optimizer)  # all that the scaler asks of it is param_groups and step()
+    scaler.unscale_(stepped)
     norm = clip_gradients(list(optimizer.parameters.values()), train.max_grad_norm)
-    if not math.isfinite(loss_value) or (not scaler.is_enabled() and not math.isfinite(norm)):
-        raise _not_finite(session, step, loss_value, norm, micro_batches)
+    overflow = not math.isfinite(norm)
+    if not math.isfinite(loss) or (overflow and (scale is None or scale < LOWEST_LOSS_SCALE)):
+        raise _not_finite(session, step, loss, norm, micro_batches)
     lr = lr_at(step, train.lr, train.schedule, train.warmup_steps, session.total_steps)
     optimizer.set_lr(lr)
-    scaler.step(optimizer)  # left out, and the scale halved, where fp16 gradients overflowed
+    scaler.step(stepped)  # left out, and the scale halved, where fp16 gradients overflowed
     scaler.update()
     optimizer.zero_grad()
-    return StepStats(loss_value, lr, norm, int(tokens), int(loss_tokens), time.perf_counter() - started)
+    return StepStats(loss, lr, norm, tokens, loss_tokens, time.perf_counter() - started, scale, overflow)
+
+
+def _count_tokens(session: Session, batches: list[dict[str, Tensor]]) -> tuple[int, int]:
+    """(tokens, tokens that carry loss) of a step, over all processes."""
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    loss_tokens = sum(count_loss_tokens(batch["labels"]) for batch in batches)
+    counts = torch.tensor([tokens, loss_tokens], device=session.accelerator.device)
+    tokens, loss_tokens = session.accelerator.reduce(counts).tolist()
+    return tokens, loss_tokens
+
+
+def _forward_backward(session: Session, step: int, batches: list[dict[str, Tensor]], loss_tokens: int) -> float:
+    """Adds up the step's gradients. Returns the mean loss a token, over all processes."""
+    accelerator = session.accelerator
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for place, batch in enumerate(batches):
+        torch.manual_seed(seed_for(session.recipe.run.seed, step, place, accelerator.process_index))
+        last = place == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(session.model):
+            losses, _ = token_losses(session.model, batch)
+            # Processes average their gradients; multiplied by their number they sum.
+            loss = losses.sum() / loss_tokens * accelerator.num_processes
+            session.scaler.scale(loss).backward()
+        loss_sum += losses.detach().sum()
+    return accelerator.reduce(loss_sum).item() / loss_tokens
 
 
 def evaluate_loss(session: Session, batches: int | None = None) -> tuple[float, int]:
-    """(mean loss a token, loss tokens) over the held-out rows, or their first `batches` batches."""
-    size, rows = session.recipe.eval.batch_size, session.data.eval
+    """(mean loss a token, loss tokens) over the held-out rows, or their first `batches` batches.
+
+    Several processes share the batches out among them.
+    """
+    accelerator, size, rows = session.accelerator, session.recipe.eval.batch_size, session.data.eval
+    starts = list(range(0, len(rows), size))[:batches]
     total, count = 0.0, 0
-    session.model.eval()
+    session.plain.eval()
     try:
-        starts = range(0, len(rows), size)
-        for start in list(starts)[: batches or len(starts)]:
+        for start in starts[accelerator.process_index :: accelerator.num_processes]:
             batch = session.collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-            sums, tokens = row_losses(session.model, batch)
+            sums, tokens = row_losses(session.plain, batch)
             total, count = total + sums.double().sum().item(), count + int(tokens.sum())
     finally:
-        session.model.train()
-    return total / max(1, count), count
-
-
-def _start_trackers(session: Session) -> None:
-    """TensorBoard and Weights & Biases, through accelerate; the recipe is their configuration."""
-    if session.recipe.train.trackers:
-        tree = recipe_to_tree(session.recipe)
-        flat = {f"{section}.{key}": str(value) for section, part in tree.items() for key, value in part.items()}
-        session.accelerator.init_trackers("qlora-kit", config=flat)
-
-
-def _begin(session: Session, overwrite: bool) -> TrainState:
-    state = TrainState(
-        micro_batch_size=session.recipe.train.micro_batch_size,
-        grad_accum_steps=session.recipe.train.grad_accum_steps,
-        threads=session.threads,
-        processes=session.accelerator.num_processes,
-        data_sha256=session.data.sha256,
-    )
-    if session.accelerator.is_main_process:
-        session.run.begin(session.recipe, overwrite)
-        session.tokenizer.save_pretrained(session.run.tokenizer)
-        session.run.update_manifest(**records.at_start(session))
-    return state
-
-
-def _resume(session: Session) -> TrainState:
-    """Goes on from the newest whole checkpoint; from the start where none was written yet."""
-    checkpoint, damaged = newest_checkpoint(session.run.checkpoints)
-    if checkpoint is None:
-        return _begin(session, overwrite=True)
-    state = checkpoint.state
-    _check_same_conditions(session, state, checkpoint)
-    stored = read_adapter(checkpoint.adapter)
-    fill_adapter(session.plain, session.settings, stored.tensors, str(checkpoint.adapter))
-    session.optimizer.load_state(checkpoint.optimizer_tensors, checkpoint.optimizer_numbers)
-    if state.grad_scaler:
-        session.scaler.load_state_dict(state.grad_scaler)
-    session.batches.load_state_dict(state.data_position)
-    if session.accelerator.is_main_process:
-        session.run.drop_metrics_after(state.step)
-        manifest = session.run.manifest()
-        session.run.update_manifest(status="running", resumes=[*manifest.get("resumes", []), state.step])
-        for line in damaged:
-            session.run.note(f"resumed from step {state.step}: {line}")
-    return state
-
-
-def _check_same_conditions(session: Session, state: TrainState, checkpoint: Checkpoint) -> None:
-    base = session.run.manifest()["base"]["fingerprint"]
-    if base != session.source.fingerprint():
-        raise CheckpointError(
-            f"{checkpoint.folder} was trained on another base model than base.model now holds",
-            fix="Put the model's files back, or start a new run",
-        )
-    if state.data_sha256 != session.data.sha256:
-        raise CheckpointError(
-            f"{checkpoint.folder} was trained on other data than data.train and data.eval now hold",
-            fix="Put the files back, or start a new run",
-        )
-    now = {"threads": session.threads, "processes": session.accelerator.num_processes}
-    for name, value in now.items():
-        was = getattr(state, name)
-        if was != value:
-            raise CheckpointError(
-                f"{checkpoint.folder} was trained with {was} {name}",
-                got=value,
-                allowed=f"{was}, for the same bits",
-                fix=f"Set train.threads={was}" if name == "threads" else f"Launch {was} processes",
-            )
+        session.plain.train()
+    both = torch.tensor([total, count], dtype=torch.float64, device=accelerator.device)
+    total, all_tokens = accelerator.reduce(both).tolist()
+    return total / max(1.0, all_tokens), int(all_tokens)
 
 
 def _after_step(session: Session, state: TrainState, stats: StepStats, progress: Progress) -> None:
-    """Counts, logs, evaluates and saves as the recipe says."""
+    """Counts, logs, evaluates and saves as the recipe says; at the last step all of them."""
     train = session.recipe.train
     state.step += 1
     state.tokens_seen += stats.tokens
-    state.elapsed_s += stats.seconds
-    if state.step % train.log_every == 0 or state.step == session.total_steps:
+    state.step_s += stats.seconds
+    state.elapsed_s += session.lap()
+    at_end = state.step == session.total_steps
+    if at_end or state.step % train.log_every == 0:
         _log(session, records.train_record(state, stats), progress)
     improved = False
-    if train.eval_every and len(session.data.eval) and (state.step % train.eval_every == 0 or _at_end(session, state)):
+    if at_end or (train.eval_every and state.step % train.eval_every == 0):
         improved = _evaluate(session, state, progress)
-    due = train.save_every and state.step % train.save_every == 0
-    if due or improved or state.stopped_early or _at_end(session, state):
+        patience = train.early_stopping_patience
+        state.stopped_early = not at_end and patience is not None and state.evals_without_gain >= patience
+    if at_end or improved or state.stopped_early or (train.save_every and state.step % train.save_every == 0):
         save(session, state)
-        if session.accelerator.is_main_process:
-            session.run.update_manifest(step=state.step)
-
-
-def _at_end(session: Session, state: TrainState) -> bool:
-    return state.step == session.total_steps
 
 
 def _evaluate(session: Session, state: TrainState, progress: Progress) -> bool:
+    """Whether the loss on the held-out rows is the lowest so far."""
     loss, tokens = evaluate_loss(session, session.recipe.train.eval_batches)
     if not math.isfinite(loss):
         raise TrainingError(f"step {state.step}: the evaluation loss is not finite", got=loss, fix="Lower train.lr")
@@ -225,40 +191,20 @@ def _evaluate(session: Session, state: TrainState, progress: Progress) -> bool:
     else:
         state.evals_without_gain += 1
     _log(session, records.eval_record(state, loss, tokens, improved), progress)
-    patience = session.recipe.train.early_stopping_patience
-    state.stopped_early = patience is not None and state.evals_without_gain >= patience
     return improved
 
 
-def save(session: Session, state: TrainState) -> None:
-    """Writes a checkpoint of this very moment."""
-    state.data_position = session.batches.state_dict()
-    state.grad_scaler = session.scaler.state_dict()
-    if not session.accelerator.is_main_process:
-        return
-    tensors, numbers = session.optimizer.state()
-    save_checkpoint(
-        session.run.checkpoints,
-        state,
-        lambda folder: save_adapter(session.plain, session.settings, folder, session.recipe.base.model),
-        tensors,
-        numbers,
-    )
-    prune_checkpoints(session.run.checkpoints, session.recipe.train.keep_checkpoints, state.best_step)
-
-
 def _finish(session: Session, state: TrainState, progress: Progress) -> None:
-    """Fills adapter/ with the best checkpoint's weights where evaluations ran, else with the last."""
-    if not session.accelerator.is_main_process:
-        return
-    step = state.best_step or state.step
-    records.publish_adapter(session, step)
-    loss = state.best_loss
-    if len(session.data.eval) and step == state.step:
-        loss, _ = evaluate_loss(session)
-    write_samples(session)
-    session.run.update_manifest(**records.at_end(session, state, step, loss))
-    progress.finish(session.run.adapter, step, loss)
+    """Publishes the best checkpoint's adapter, scores it on all held-out rows and lets it answer a few."""
+    step = publish(session, state)
+    known = state.best_loss if step == state.best_step and session.recipe.train.eval_batches is None else None
+    loss = evaluate_loss(session)[0] if known is None else known
+    if session.accelerator.is_main_process:
+        write_samples(session)
+        state.elapsed_s += session.lap()
+        session.run.update_manifest(**records.at_end(session, state, step, loss))
+        progress.finish(session.run.adapter, step, loss)
+    session.accelerator.wait_for_everyone()
 
 
 def _log(session: Session, record: dict[str, Any], progress: Progress) -> None:
@@ -270,36 +216,34 @@ def _log(session: Session, record: dict[str, Any], progress: Progress) -> None:
     progress.show(record)
 
 
-def _interrupt(session: Session, state: TrainState) -> Interrupted:
+def _stop_wanted(session: Session, signals: StopSignals) -> bool:
+    """A signal may reach one process a step before another: they stop together."""
+    wanted = torch.tensor(int(signals.wanted), device=session.accelerator.device)
+    return session.accelerator.reduce(wanted).item() > 0
+
+
+def _interrupted(session: Session, state: TrainState) -> Interrupted:
     save(session, state)
-    session.run.update_manifest(status="interrupted", step=state.step)
     return Interrupted(
         f"stopped at step {state.step} of {session.total_steps}; a checkpoint is written",
-        fix=f"Go on with: qlora-kit train --resume {session.run.path}",
+        fix=session.run.how_to_resume(),
     )
+
+
+def _leave(session: Session, state: TrainState, status: str) -> None:
+    """Writes down how the run ended; on a full disk not even that, and the first error is the one to tell."""
+    if session.accelerator.is_main_process:
+        with contextlib.suppress(RunError):
+            session.run.update_manifest(status=status, step=state.step)
 
 
 def _not_finite(session: Session, step: int, loss: float, norm: float, micro_batches: list[Any]) -> TrainingError:
-    rows = ", ".join(session.data.describe_row(row) for rows in micro_batches for row in rows)
+    rows = [row for micro_batch in micro_batches for row in micro_batch]
+    alone = [row_losses(session.plain, session.collate([row]))[0].isfinite().item() for row in rows]
+    wrong = [row for row, finite in zip(rows, alone) if not finite] or rows
+    names = ", ".join(session.data.describe_row(row) for row in wrong[:8])
+    more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
     return TrainingError(
-        f"step {step}: loss {loss} and gradient norm {norm} are not finite; rows: {rows}",
+        f"step {step}: loss {loss} and gradient norm {norm} are not finite; rows: {names}{more}",
         fix="Lower train.lr, set base.compute_dtype=bf16 or fp32, or look at these rows with `qlora-kit data show`",
     )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM end the run after the step at hand; a second Ctrl-C ends it at once."""
-    received: list[int] = []
-
-    def remember(number: int, _frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -26,7 +26,8 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     targets = batch["labels"][:, 1:]  # position p predicts token p + 1
     kept = (targets != -100).any(0).nonzero().squeeze(1)  # [kept]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    if _takes_logits_to_keep(type(_unwrapped(model))):
+    model_class: Any = type(_unwrapped(model))
+    if _takes_logits_to_keep(model_class):
         logits = model(**inputs, logits_to_keep=kept).logits
     else:
         logits = model(**inputs).logits[:, kept]
@@ -52,5 +53,5 @@ def _unwrapped(model: Any) -> Any:
 
 
 @cache
-def _takes_logits_to_keep(model_class: type) -> bool:
+def _takes_logits_to_keep(model_class: Any) -> bool:
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters

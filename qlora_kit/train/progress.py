@@ -22,6 +22,7 @@ class Progress(Protocol):
     """How the loop tells what it does."""
 
     def start(self, session: Session, state: TrainState) -> None: ...
+    def say(self, text: str) -> None: ...
     def show(self, record: dict[str, Any]) -> None: ...
     def finish(self, adapter: Path, step: int, eval_loss: float | None) -> None: ...
     def stop(self) -> None: ...
@@ -35,6 +36,9 @@ class QuietProgress:
     """Says nothing; errors still go to standard error."""
 
     def start(self, session: Session, state: TrainState) -> None:
+        pass
+
+    def say(self, text: str) -> None:
         pass
 
     def show(self, record: dict[str, Any]) -> None:
@@ -52,6 +56,9 @@ class JsonProgress(QuietProgress):
 
     def start(self, session: Session, state: TrainState) -> None:
         self._write({"kind": "start", "step": state.step, "total_steps": session.total_steps, "notes": session.notes})
+
+    def say(self, text: str) -> None:
+        self._write({"kind": "note", "text": text})
 
     def show(self, record: dict[str, Any]) -> None:
         self._write(record)
@@ -88,11 +95,14 @@ class LiveProgress(QuietProgress):
             f"{session.total_steps} steps, into {session.run.path}"
         )
         for note in session.notes:
-            self.console.print(f"note: {note}")
+            self.say(note)
         if state.step:
             self.console.print(f"resumed at step {state.step}")
         self.bar.start()
         self.task = self.bar.add_task("train", total=self.total, completed=state.step, values="")
+
+    def say(self, text: str) -> None:
+        self.console.print(f"note: {text}", highlight=False)
 
     def show(self, record: dict[str, Any]) -> None:
         if record["kind"] == "eval":
@@ -101,8 +111,9 @@ class LiveProgress(QuietProgress):
                 f"step {record['step']}: eval loss {record['loss']:.4f}, perplexity {record['perplexity']:.3f}{best}"
             )
             return
+        norm = "overflow" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
         values = (
-            f"loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tok/s"
+            f"loss {record['loss']:.4f}  grad {norm}  {record['tokens_per_s']:,.0f} tok/s"
             f"  {record['rss_bytes'] / 2**30:.2f} GiB"
         )
         if self.task is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import shutil
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from qlora_kit.model.quantized import QuantizedLinear
 from qlora_kit.model.source import sha256_file
 from qlora_kit.recipe_file import recipe_hash
 from qlora_kit.train.checkpoint import TrainState
+from qlora_kit.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from qlora_kit.train.loop import StepStats
@@ -28,18 +28,20 @@ TOOLS = ("qlora-kit", "torch", "transformers", "bitsandbytes", "accelerate", "da
 def train_record(state: TrainState, stats: StepStats) -> dict[str, Any]:
     """A `train` line of metrics.jsonl."""
     gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+    scale = {} if stats.loss_scale is None else {"loss_scale": stats.loss_scale, "skipped": stats.skipped}
     return {
         "kind": "train",
         "step": state.step,
         "loss": stats.loss,
         "lr": stats.lr,
-        "grad_norm": stats.grad_norm,
+        "grad_norm": None if stats.skipped else stats.grad_norm,  # JSON has no infinity
         "tokens": stats.tokens,
         "loss_tokens": stats.loss_tokens,
         "tokens_per_s": stats.tokens / stats.seconds,
         "rss_bytes": psutil.Process().memory_info().rss,
         "gpu_bytes": gpu,
         "elapsed_s": state.elapsed_s,
+        **scale,
     }
 
 
@@ -62,6 +64,7 @@ def at_start(session: Session) -> dict[str, Any]:
     return {
         "status": "running",
         "step": 0,
+        "checkpoint": None,
         "total_steps": session.total_steps,
         "recipe_sha256": recipe_hash(session.recipe),
         "base": {
@@ -99,21 +102,20 @@ def at_end(session: Session, state: TrainState, adapter_step: int, eval_loss: fl
             "best_eval_loss": state.best_loss,
             "final_eval_loss": eval_loss,
             "stopped_early": state.stopped_early,
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": max(state.peak_rss_bytes, peak_rss_bytes()),
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "wall_s": state.elapsed_s,
-            "tokens_per_s": state.tokens_seen / max(state.elapsed_s, 1e-9),
+            "tokens_per_s": state.tokens_seen / max(state.step_s, 1e-9),
         },
     }
 
 
-def publish_adapter(session: Session, step: int) -> None:
-    """Copies a checkpoint's adapter to RUN/adapter, whole or not at all."""
-    partial = session.run.path / ".partial-adapter"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(session.run.checkpoints / f"step-{step:06d}" / "adapter", partial)
-    shutil.rmtree(session.run.adapter, ignore_errors=True)
-    os.replace(partial, session.run.adapter)
+def is_finished(run: RunFolder) -> bool:
+    """Whether the run is done and its adapter is still the one that the manifest names."""
+    manifest, weights = run.manifest(), run.adapter / "adapter_model.safetensors"
+    if manifest.get("status") != "finished" or not weights.is_file():
+        return False
+    return sha256_file(weights) == manifest["adapter"]["sha256"]
 
 
 def tool_versions(more: tuple[str, ...] = ()) -> dict[str, str]:

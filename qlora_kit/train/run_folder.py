@@ -1,8 +1,7 @@
-"""The run folder: its files, its lock, and writes that are whole or not there at all."""
+"""The run folder: its files, its lock, its manifest and metrics."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -17,10 +16,42 @@ from filelock import FileLock, Timeout
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import Recipe
 from qlora_kit.recipe_file import changed_fields, dump_recipe, load_recipe, recipe_to_tree
+from qlora_kit.train.atomic import disk_error, write_atomically, write_json
 
 FORMAT = "qlora-run/1"
-# Fields that a resumed run may change: they move no bit of the adapter.
-FREE_FIELDS = ("run.name", "run.out_dir", "train.trackers", "train.keep_checkpoints", "eval.", "export.")
+# Fields that a resumed run may change: they move no bit of the adapter, nor which step's adapter is published.
+FREE_FIELDS = (
+    "run.name:",
+    "run.out_dir:",
+    "train.trackers:",
+    "train.log_every:",
+    "train.save_every:",
+    "train.keep_checkpoints:",
+    "eval.answer:",
+    "eval.choices:",
+    "eval.max_rows:",
+    "eval.max_new_tokens:",
+    "eval.dtype:",
+    "eval.samples:",
+    "export.",
+)
+
+
+# All that a run makes, the manifest first: what begins anew here removes them, and nothing else.
+RUN_FILES = (
+    "manifest.json",
+    "checkpoints",
+    "adapter",
+    "metrics.jsonl",
+    "samples.json",
+    "report.html",
+    "tokenizer",
+    "trackers",
+    "merge.json",
+    "merged",
+    "bundles",
+    "eval",
+)
 
 
 class RunFolder:
@@ -35,27 +66,39 @@ class RunFolder:
 
     @classmethod
     def create(cls, recipe: Recipe, overwrite: bool = False) -> RunFolder:
-        """The folder of a new run. Nothing is written before `begin`, so that a wrong recipe leaves no trace.
-
-        Raises:
-            RunError: the folder holds a run already, or another process uses it.
-        """
-        run = cls(Path(recipe.run.out_dir) / recipe.run.name)
-        run._check_new(overwrite)
-        if run.path.is_dir():
-            with run.lock(wait_s=1.0):
-                pass
-        return run
-
-    def begin(self, recipe: Recipe, overwrite: bool = False) -> None:
-        """Writes the resolved recipe, in place of an earlier run where `overwrite` says so. Hold the lock.
+        """A place for a new run. Nothing is written before `begin`: a run that cannot start leaves nothing behind.
 
         Raises:
             RunError: the folder holds a run already.
         """
-        self._check_new(overwrite)
-        if self.recipe_file.exists():
-            self._clear()
+        run = cls(Path(recipe.run.out_dir) / recipe.run.name)
+        run.check_new(overwrite)
+        return run
+
+    def check_new(self, overwrite: bool) -> None:
+        """Raises RunError where a run would be lost that nobody has given up."""
+        if self.recipe_file.exists() and not overwrite:
+            raise RunError(
+                f"{self.path} holds a run already",
+                fix="Go on with it by --resume, start again by --overwrite, or give another run.name",
+            )
+
+    def begin(self, recipe: Recipe, overwrite: bool = False) -> None:
+        """Removes what an earlier run left here (and no file that is not a run's), and writes the recipe.
+
+        Raises:
+            RunError: the folder holds a run already, or the disk is full.
+        """
+        self.check_new(overwrite)
+        for name in RUN_FILES:
+            entry = self.path / name
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+        self.write_recipe(recipe)
+
+    def write_recipe(self, recipe: Recipe) -> None:
         write_atomically(self.recipe_file, dump_recipe(recipe))
 
     @classmethod
@@ -87,27 +130,46 @@ class RunFolder:
             )
 
     @contextmanager
-    def lock(self, wait_s: float = 0.0) -> Iterator[None]:
-        """Holds the folder for this process; makes it where it is missing.
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for this process, and removes it where nothing came to lie in it.
 
         Raises:
-            RunError: another process holds it, or it cannot be made.
+            RunError: another process holds it.
         """
-        lock = FileLock(self.path / ".lock")
+        if not is_first_process():  # of several that train together the first holds it for all
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=wait_s)
         except OSError as error:
-            raise disk_error(self.path, error) from error
+            raise disk_error(self.path, error) from None
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
         except Timeout:
             raise RunError(f"{self.path} is in use by another process", fix="Wait for it, or stop it") from None
         try:
             yield
         finally:
+            if [entry.name for entry in self.path.iterdir()] == [".lock"]:
+                shutil.rmtree(self.path)
             lock.release()
 
+    def how_to_resume(self) -> str:
+        return f"Go on with: qlora-kit train --resume {self.path}"
+
     def manifest(self) -> dict[str, Any]:
-        return json.loads(self.manifest_file.read_text(encoding="utf-8")) if self.manifest_file.exists() else {}
+        """manifest.json; empty where there is none yet.
+
+        Raises:
+            RunError: it is not JSON.
+        """
+        if not self.manifest_file.exists():
+            return {}
+        try:
+            return json.loads(self.manifest_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{self.manifest_file} is not JSON: {error}", fix="Put it back, or --overwrite") from None
 
     def update_manifest(self, **fields: Any) -> dict[str, Any]:
         """Merges `fields` into manifest.json, atomically, and returns the whole."""
@@ -122,15 +184,23 @@ class RunFolder:
             self.update_manifest(notes=[*notes, text])
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Adds a line to metrics.jsonl.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise disk_error(self.metrics_file, error) from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl (a kill can tear the last)."""
         if not self.metrics_file.exists():
             return []
         records = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 records.append(json.loads(line))
             except ValueError:
@@ -142,49 +212,10 @@ class RunFolder:
         kept = [record for record in self.metrics() if record["step"] <= step]
         write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def _check_new(self, overwrite: bool) -> None:
-        if self.recipe_file.exists() and not overwrite:
-            raise RunError(
-                f"{self.path} holds a run already",
-                fix="Go on with it by --resume, start again by --overwrite, or give another run.name",
-            )
 
-    def _clear(self) -> None:
-        """Removes all but the lock and recipe.yaml, which marks the folder as a run's."""
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry not in (self.path / ".lock", self.recipe_file):
-                entry.unlink()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file is the old or the new one, never half of it.
-
-    Raises:
-        RunError: the disk is full.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise disk_error(path, error) from error
-
-
-def write_json(path: Path, tree: Any) -> None:
-    write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-
-
-def disk_error(path: Path, error: OSError) -> RunError:
-    """An OSError of a write, as an error that says what to do."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"the disk is full while writing {path}", fix="Free some space, then resume with --resume")
-    return RunError(f"{path} cannot be written: {error.strerror}", fix="Check the folder's permissions, then --resume")
+def is_first_process() -> bool:
+    """Whether this is the one process, or the first of several that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def now() -> str:

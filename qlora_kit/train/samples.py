@@ -5,8 +5,9 @@ from __future__ import annotations
 from qlora_kit.data.eval_rows import EvalRow, eval_rows
 from qlora_kit.errors import DataError
 from qlora_kit.generate import generate_ids
+from qlora_kit.model.load import DTYPES
 from qlora_kit.model.quantized import expanded
-from qlora_kit.train.run_folder import write_json
+from qlora_kit.train.atomic import write_json
 from qlora_kit.train.session import Session
 
 
@@ -21,7 +22,7 @@ def write_samples(session: Session) -> None:
         session.run.note(f"no samples: {error}")
         return
     session.plain.eval()
-    with expanded(session.plain, session.plain.config.dtype):
+    with expanded(session.plain, DTYPES[recipe.base.compute_dtype]):
         samples = [_sample(session, row) for row in rows]
     session.plain.train()
     write_json(session.run.path / "samples.json", samples)
@@ -32,7 +33,7 @@ def _sample(session: Session, row: EvalRow) -> dict[str, str]:
     prompt = row.prompt_ids.tolist()
     answer = generate_ids(session.plain, tokenizer, prompt, session.recipe.eval.max_new_tokens)
     return {
-        "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+        "prompt": str(tokenizer.decode(prompt, skip_special_tokens=True)),
         "expected": row.completion,
-        "answer": tokenizer.decode(answer, skip_special_tokens=True),
+        "answer": str(tokenizer.decode(answer, skip_special_tokens=True)),
     }

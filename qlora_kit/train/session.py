@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,10 +21,11 @@ from qlora_kit.data.collate import collate
 from qlora_kit.data.dataset import PreparedData, prepare
 from qlora_kit.data.masking import Encoded
 from qlora_kit.data.template import resolve_template
-from qlora_kit.errors import TrainingError
+from qlora_kit.errors import RunError, TrainingError
 from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
 from qlora_kit.model.source import BaseSource, find_base
 from qlora_kit.recipe import AdapterSection, Recipe
+from qlora_kit.recipe_file import recipe_to_tree
 from qlora_kit.train.determinism import make_deterministic, seed_for
 from qlora_kit.train.optim import AdapterOptimizer, optimizer_maker
 from qlora_kit.train.run_folder import RunFolder
@@ -47,6 +50,19 @@ class Session:
     total_steps: int
     threads: int
     notes: list[str]
+    clock: float = field(default_factory=time.perf_counter)
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since the session began."""
+        before, self.clock = self.clock, time.perf_counter()
+        return self.clock - before
+
+    def start_trackers(self) -> None:
+        """TensorBoard and Weights & Biases, through accelerate; the recipe is their configuration."""
+        if self.recipe.train.trackers:
+            tree = recipe_to_tree(self.recipe)
+            flat = {f"{section}.{key}": str(value) for section, part in tree.items() for key, value in part.items()}
+            self.accelerator.init_trackers("qlora-kit", config=flat)
 
     def collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
         """int64 [batch, seq] tensors on the training device."""
@@ -73,17 +89,14 @@ def start_session(recipe: Recipe, run: RunFolder) -> Session:
     """Loads and prepares everything, data first: a wrong row is found before a model is loaded.
 
     Raises:
-        DataError, ModelError, AdapterError, TrainingError: each names what is wrong and what to do.
+        DataError, ModelError, AdapterError, RunError, TrainingError: each names what is wrong and what to do.
     """
-    accelerator = Accelerator(
-        mixed_precision="no",  # the model is loaded in its compute dtype; nothing is cast on the way
-        log_with=list(recipe.train.trackers) or None,
-        project_dir=str(run.path / "trackers"),
-    )
+    accelerator = make_accelerator(recipe, run)
     threads = make_deterministic(accelerator.device, recipe.train.threads)
-    source = find_base(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
-    tokenizer = prepared_tokenizer(recipe, source.folder)
-    data = prepare(recipe.data, tokenizer, recipe.run.seed)
+    with accelerator.main_process_first():  # it fills the caches that the others read
+        source = find_base(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
+        tokenizer = prepared_tokenizer(recipe, source.folder)
+        data = prepare(recipe.data, tokenizer, recipe.run.seed)
     settings = lora_settings(recipe.adapter)
     model = load_for_training(recipe, source, tokenizer, settings, accelerator.device)
     parameters = trainable_parameters(model)
@@ -119,6 +132,28 @@ def start_session(recipe: Recipe, run: RunFolder) -> Session:
     )
 
 
+def make_accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
+    """Devices, processes and trackers.
+
+    Raises:
+        RunError: a tracker is not installed.
+    """
+    for tracker in recipe.train.trackers:
+        if find_spec(tracker) is None:
+            raise RunError(
+                f"train.trackers: {tracker} is not installed",
+                fix=f'Run `pip install "qlora-kit[{tracker}]"`, or leave it out',
+            )
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # else processes launched together on CPUs would not find each other
+        mixed_precision="no",  # the model is loaded in its compute dtype; nothing is cast on the way
+        log_with=list(recipe.train.trackers) or None,
+        project_dir=str(run.path / "trackers"),
+        # Quantized codes are buffers that never change: no need to send them around at each step.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
 def prepared_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
     """The base's tokenizer with the run's new tokens and chat template: what trains, generates and ships."""
     tokenizer = load_tokenizer(folder, recipe.base.trust_remote_code)
@@ -148,7 +183,7 @@ def load_for_training(
         recipe.base.trust_remote_code,
     )
     torch.manual_seed(seed_for(recipe.run.seed, "init"))
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > cast(Tensor, model.get_input_embeddings().weight).shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     if settings.new_tokens:
         names = [name for name, module in model.named_modules() if module is model.get_input_embeddings()]

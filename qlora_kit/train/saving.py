@@ -1,0 +1,80 @@
+"""Checkpoints of a session, and the one whose adapter becomes RUN/adapter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from qlora_kit.adapters.peft_format import fill_adapter, read_adapter, save_adapter
+from qlora_kit.errors import CheckpointError
+from qlora_kit.train.atomic import disk_error, sync
+from qlora_kit.train.checkpoint import (
+    TrainState,
+    check_whole,
+    checkpoint_folder,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from qlora_kit.train.records import peak_rss_bytes
+from qlora_kit.train.session import Session
+
+
+def save(session: Session, state: TrainState) -> None:
+    """Writes a checkpoint of this very moment, and removes those that are kept no longer."""
+    state.data_position = session.batches.state_dict()
+    state.grad_scaler = session.scaler.state_dict()
+    state.elapsed_s += session.lap()
+    state.peak_rss_bytes = max(state.peak_rss_bytes, peak_rss_bytes())
+    if not session.accelerator.is_main_process:
+        return
+    tensors, numbers = session.optimizer.state()
+    save_checkpoint(
+        session.run.checkpoints,
+        state,
+        lambda folder: save_adapter(session.plain, session.settings, folder, session.recipe.base.model),
+        tensors,
+        numbers,
+    )
+    prune_checkpoints(session.run.checkpoints, session.recipe.train.keep_checkpoints, state.best_step)
+    session.run.update_manifest(step=state.step, checkpoint=state.step)
+
+
+def publish(session: Session, state: TrainState) -> int:
+    """Fills RUN/adapter, and the model in memory, with the best checkpoint's weights. Returns its step.
+
+    Where the best one is damaged the last takes its place, and the manifest says so.
+    """
+    step = state.best_step or state.step
+    try:
+        check_whole(checkpoint_folder(session.run.checkpoints, step))
+    except CheckpointError as error:
+        if step == state.step:
+            raise
+        session.notes.append(f"the best checkpoint cannot be published, step {state.step} is: {error}")
+        step = state.step
+    if session.accelerator.is_main_process:
+        for note in session.notes:
+            session.run.note(note)
+        _copy_adapter(session, step)
+    session.accelerator.wait_for_everyone()
+    if step != state.step:
+        stored = read_adapter(session.run.adapter)
+        fill_adapter(session.plain, session.settings, stored.tensors, str(session.run.adapter))
+    return step
+
+
+def _copy_adapter(session: Session, step: int) -> None:
+    """From a checkpoint to RUN/adapter, whole or not at all."""
+    run, partial = session.run, session.run.path / ".partial-adapter"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for file in sorted((checkpoint_folder(run.checkpoints, step) / "adapter").iterdir()):
+            shutil.copyfile(file, partial / file.name)
+            sync(partial / file.name)
+        shutil.rmtree(run.adapter, ignore_errors=True)
+        os.replace(partial, run.adapter)
+        sync(run.path)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise disk_error(run.adapter, error) from error
