@@ -1,6 +1,6 @@
 """NF4 training against training on the 16-bit base: GSM8K answers, held-out loss, paired over seeds.
 
-    python scripts/bench_nf4.py --data PATH/gsm8k [--seeds 0 1 2] [--steps 100]
+    python scripts/bench_nf4.py --data PATH/gsm8k [--seeds 0 1 2] [--steps 120]
 
 Same rows, same order, same steps; only base.quant differs. Writes benchmarks/nf4_vs_16bit.json and .md.
 """
@@ -14,11 +14,14 @@ from typing import Any
 from bench_runs import environment, hardware_line, manifest, train_run, write
 
 
+ROWS = 4  # a step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with GSM8K's train.jsonl and test.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--eval-rows", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one run (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_nf4"))
@@ -44,6 +47,7 @@ def _train(options: argparse.Namespace, held_out: Path, seed: int, quant: str) -
         f"train.threads={options.threads}",
         f"base.quant={quant}",
         f"train.max_steps={options.steps}",
+        f"train.micro_batch_size={ROWS}",
     ]
     return train_run("smollm2-gsm8k", f"{quant}-seed{seed}", options.out, overrides)
 
@@ -102,7 +106,7 @@ def _report(options: argparse.Namespace, zero_shot: dict[str, float], losses: di
     verdict = "within" if percent.value <= 2 else "not within"
     table = (
         "# NF4 base against 16-bit base\n\nSmolLM2-135M, GSM8K answers, "
-        f"{options.steps} steps of 8 rows, held-out loss in nats a token on {options.eval_rows} test rows.\n"
+        f"{options.steps} steps of {ROWS} rows, held-out loss in nats a token on {options.eval_rows} test rows.\n"
         "Brackets are paired 95% t intervals over seeds.\n\n"
         "| | 16-bit base | NF4 base | difference |\n|---|---|---|---|\n"
         + "\n".join(rows)

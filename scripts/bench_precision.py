@@ -21,6 +21,9 @@ VARIANTS = {
 }
 
 
+ROWS = 8  # a step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -47,6 +50,7 @@ def _train(options: argparse.Namespace, variant: str, seed: int) -> Path:
         f"train.threads={options.threads}",
         f"train.lr={options.lr}",
         f"train.max_steps={options.steps}",
+        f"train.micro_batch_size={ROWS}",
         f"train.eval_every={max(1, options.steps // 6)}",
         "train.eval_batches=16",
     ]
@@ -89,7 +93,7 @@ def _report(options: argparse.Namespace, curves: Any, evals: Any, final: dict[st
         rows.append(f"| {variant} | {np.mean(final[variant]):.5f} | {paired} | {apart:.5f} |")
     table = (
         "# Adapter storage: does bf16 learn like fp32?\n\n"
-        f"SmolLM2-135M, NF4 base, sentiment, {options.steps} steps of 16 rows, lr {options.lr}, "
+        f"SmolLM2-135M, NF4 base, sentiment, {options.steps} steps of {ROWS} rows, lr {options.lr}, "
         f"seeds {options.seeds}.\n\n"
         "| adapter | held-out loss | against fp32, paired 95% t interval | mean distance of its training curve |\n"
         "|---|---|---|---|\n" + "\n".join(rows) + "\n\n![curves](adapter_precision.png)\n\n"
