@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -61,24 +63,29 @@ def inject_lora(model: PreTrainedModel, settings: LoraSettings, targets: list[st
     Raises:
         AdapterError: targets or modules_to_save name nothing, or one layer is asked for both.
     """
-    targets = targets if targets is not None else find_targets(model, settings.target_modules)
+    if any(lora_layers(model)):
+        raise AdapterError("the model already holds an adapter", fix="Load the base again")
     saved = expand_modules_to_save(model, settings.modules_to_save)
-    both = sorted(set(targets) & set(saved))
+    if targets is None:
+        targets = find_targets(model, settings.target_modules)
+        if settings.target_modules == "all-linear":
+            targets = [name for name in targets if not _inside(name, saved)]
+    both = [name for name in targets if _inside(name, saved)]
     if both:
         raise AdapterError(
             "a layer is both a target and a module to save", got=both[0], fix="Remove it from one of them"
         )
+    dtype = model.dtype  # of the base: the first of its parameters, which may be cast below
     model.requires_grad_(False)
     for name in targets:
+        if is_tied_head(model, model.get_submodule(name)):
+            untie_head(model)  # the delta is the head's alone
+        base: Any = model.get_submodule(name)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoraLinear(model.get_submodule(name), settings))
+        setattr(model.get_submodule(parent), child, LoraLinear(base, settings))
     for name in saved:
-        _train_in_full(model, model.get_submodule(name))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") and (
-            settings.bias == "all" or (settings.bias == "lora_only" and name.endswith("base_layer.bias"))
-        ):
-            parameter.requires_grad_(True)
+        _train_in_full(model, model.get_submodule(name), dtype)
+    _train_biases(model, settings.bias, dtype)
     return targets
 
 
@@ -95,13 +102,15 @@ def expand_modules_to_save(model: PreTrainedModel, names: list[str]) -> list[str
         if not matches:
             raise AdapterError("adapter.modules_to_save matches no module", got=entry, allowed=_endings(list(modules)))
         for name in matches:
-            if isinstance(modules[name], QuantizedLinear):
+            if any(isinstance(part, QuantizedLinear) for part in modules[name].modules()):
                 raise AdapterError(
                     f"adapter.modules_to_save: {name} is quantized", fix="Load the base with it in skip_modules"
                 )
+            if not any(parameter.is_floating_point() for parameter in modules[name].parameters()):
+                raise AdapterError(f"adapter.modules_to_save: {name} has no weight to train", got=entry)
         found += matches
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None):
+    if is_tied_head(model, head):
         tied = [name for name, module in modules.items() if module is embedding or module is head]
         if set(tied) & set(found):
             found += tied
@@ -118,18 +127,62 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
 
 
-def _train_in_full(model: PreTrainedModel, module: nn.Module) -> None:
-    """fp16 cannot hold updates: such a module is trained in fp32, and casts at its borders."""
+def is_tied_head(model: PreTrainedModel, module: nn.Module | None) -> bool:
+    """Whether `module` is the output head, and its weight the embedding's."""
+    if module is None or module is not model.get_output_embeddings():
+        return False
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight is getattr(model.get_input_embeddings(), "weight", None)
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Gives the head a weight of its own, of the same values, in place; saved models stay untied too."""
+    head: Any = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def _train_biases(model: PreTrainedModel, which: str, dtype: torch.dtype) -> None:
+    """Marks biases trainable: none, those of targets (lora_only), or all."""
+    for name, module in list(model.named_modules()):
+        bias = getattr(module, "bias", None)
+        target = name.endswith(".base_layer")
+        if isinstance(module, LoraLinear) or not isinstance(bias, nn.Parameter):
+            continue
+        if which == "all" or (which == "lora_only" and target):
+            if dtype == torch.float16 and not bias.requires_grad:
+                if target or isinstance(module, QuantizedLinear):
+                    bias.data = bias.data.float()  # these cast their bias themselves
+                else:
+                    _cast_to_fp32(model, module)
+            bias.requires_grad_(True)
+
+
+def _train_in_full(model: PreTrainedModel, module: nn.Module, dtype: torch.dtype) -> None:
+    """Marks all of a module trainable; fp16 cannot hold updates, so there it is cast to fp32."""
     module.requires_grad_(True)
-    if model.dtype != torch.float16:
-        return
+    if dtype == torch.float16:
+        _cast_to_fp32(model, module)
+
+
+def _cast_to_fp32(model: PreTrainedModel, module: nn.Module) -> None:
+    """Weights and arithmetic of `module` in fp32; what enters is cast up, what leaves is cast to the model's dtype."""
     module.float()
 
-    def cast_inputs(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(value.float() if value.is_floating_point() else value for value in inputs)
+    def cast(values: Any, dtype: Any) -> Any:
+        return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
 
-    module.register_forward_pre_hook(cast_inputs)
-    module.register_forward_hook(lambda _module, _inputs, output: output.to(model.config.dtype))
+    def cast_inputs(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return cast(args, torch.float32), cast(kwargs, torch.float32)
+
+    module.register_forward_pre_hook(cast_inputs, with_kwargs=True)
+    module.register_forward_hook(lambda _module, _args, output: cast(output, model.config.dtype))
+
+
+def _inside(name: str, outer: list[str]) -> bool:
+    """Whether `name` is one of `outer`, or lies in one, or holds one."""
+    return any(f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.") for other in outer)
 
 
 def _ends_with(name: str, ending: str) -> bool:

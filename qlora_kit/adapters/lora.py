@@ -13,6 +13,8 @@ from qlora_kit.kernels.frozen_linear import ExpandWeight
 from qlora_kit.kernels.lora_linear import lora_linear, lora_linear_reference
 from qlora_kit.model.quantized import QuantizedLinear
 
+LinearLayer = nn.Linear | Conv1D | QuantizedLinear
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -44,7 +46,7 @@ class LoraLinear(nn.Module):
     implementation (microsoft/LoRA), so that training starts at the base model's function.
     """
 
-    def __init__(self, base: nn.Linear | Conv1D | QuantizedLinear, settings: LoraSettings) -> None:
+    def __init__(self, base: LinearLayer, settings: LoraSettings) -> None:
         super().__init__()
         self.base_layer = base
         self.scaling, self.dropout = settings.scaling, settings.dropout
@@ -78,14 +80,14 @@ class LoraLinear(nn.Module):
         return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
 
 
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
+def linear_shape(layer: LinearLayer) -> tuple[int, int]:
     """(in_features, out_features) of a linear layer; Conv1D stores its weight as [in, out]."""
     if isinstance(layer, Conv1D):
         return layer.weight.shape[0], layer.weight.shape[1]
     return layer.in_features, layer.out_features
 
 
-def weight_expander(layer: nn.Module) -> ExpandWeight:
+def weight_expander(layer: LinearLayer) -> ExpandWeight:
     """The function that gives a frozen layer's weight [out, in] in a dtype."""
     if isinstance(layer, QuantizedLinear):
         return layer.dequantize

@@ -7,7 +7,7 @@ Tensor names are PEFT's: `base_model.model.NAME.lora_A.weight` [rank, in], `….
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapters.inject import (
     expand_modules_to_save,
-    find_targets,
     inject_lora,
-    lora_layers,
+    is_tied_head,
     trainable_parameters,
+    untie_head,
 )
 from qlora_kit.adapters.lora import LoraSettings
+from qlora_kit.adapters.peft_config import check_config, config_tree, settings_of
 from qlora_kit.errors import AdapterError
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-UNSUPPORTED = {
-    "use_dora": False,
-    "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "trainable_token_indices": None,
-    "layer_replication": None,
-    "target_parameters": None,
-}
 
 
 @dataclass(frozen=True)
@@ -65,20 +56,7 @@ def save_adapter(model: PreTrainedModel, settings: LoraSettings, folder: Path, b
     """Writes the adapter of `model` into `folder`, which PEFT's `PeftModel.from_pretrained` can load."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapter_tensors(model, settings), folder / WEIGHTS, metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": settings.rank,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "use_rslora": settings.use_rslora,
-        "bias": settings.bias,
-        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for _, layer in lora_layers(model)),
-        "target_modules": _short_names(model, [name for name, _ in lora_layers(model)]),
-        "modules_to_save": expand_modules_to_save(model, settings.modules_to_save) or None,
-    }
+    config = config_tree(model, settings, base_model)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -97,12 +75,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{folder / CONFIG} is not JSON: {error}", fix="Save the adapter again") from None
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{folder / CONFIG}: peft_type", got=kind, allowed="LORA")
-    for name, plain in UNSUPPORTED.items():
-        if config.get(name, plain) not in (plain, None):
-            raise AdapterError(f"{folder / CONFIG}: {name} is not supported", got=config[name], allowed=f"{plain!r}")
+    check_config(config, folder / CONFIG)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -119,15 +92,17 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraSettings:
     """
     stored = read_adapter(folder)
     targets = [_layer_name(key) for key in stored.tensors if key.endswith(".lora_A.weight")]
-    settings = _settings(stored, folder)
+    settings = settings_of(stored.config, stored.tensors, folder / CONFIG)
+    settings = replace(settings, modules_to_save=_saved_modules(stored))
     modules = dict(model.named_modules())
-    unknown = [name for name in targets if name not in modules]
+    unknown = [name for name in targets + settings.modules_to_save if name not in modules]
     if unknown or not targets:
+        what = f"this one has no layer {unknown[0]}" if unknown else "it holds no LoRA tensor"
         raise AdapterError(
-            f"{folder}: the adapter was made for another model; it has no layer {unknown[0] if unknown else ''}".rstrip(),
+            f"{folder}: the adapter was made for another model; {what}",
             fix="Load it on the base model it was trained on",
         )
-    _resize_embeddings(model, stored)
+    _match_embeddings(model, stored, folder)
     inject_lora(model, settings, targets)
     fill_adapter(model, settings, stored.tensors, str(folder))
     return settings
@@ -144,60 +119,46 @@ def fill_adapter(model: PreTrainedModel, settings: LoraSettings, tensors: dict[s
     if missing or surplus:
         name, what = (missing[0], "is missing") if missing else (surplus[0], "is not part of this model's adapter")
         raise AdapterError(f"{origin}: tensor {name} {what}", fix="Load it on the base model it was trained on")
-    for key, tensor in tensors.items():
+    for key, tensor in tensors.items():  # all are checked before one is copied
         if tensor.shape != expected[key]:
             raise AdapterError(f"{origin}: shape of {key}", got=list(tensor.shape), allowed=str(list(expected[key])))
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{origin}: {key} holds NaN or Inf", fix="Use an earlier checkpoint")
+    for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             name = name.removesuffix(".weight")
         model.get_parameter(name).data.copy_(tensor)
 
 
-def _settings(stored: StoredAdapter, folder: Path) -> LoraSettings:
-    config = stored.config
-    dtypes = {tensor.dtype for key, tensor in stored.tensors.items() if ".lora_" in key}
-    try:
-        return LoraSettings(
-            rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            use_rslora=bool(config.get("use_rslora", False)),
-            dropout=float(config.get("lora_dropout", 0.0)),
-            bias=config.get("bias", "none"),
-            target_modules=config["target_modules"],
-            modules_to_save=list(config.get("modules_to_save") or []),
-            dtype=torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32,
-        )
-    except KeyError as error:
-        raise AdapterError(f"{folder / CONFIG}: field {error} is missing", fix="Save the adapter again") from None
-
-
 def _layer_name(key: str) -> str:
     return key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
 
 
-def _resize_embeddings(model: PreTrainedModel, stored: StoredAdapter) -> None:
-    """An adapter trained with new tokens holds larger embeddings than the base."""
-    embedding = model.get_input_embeddings()
-    names = [name for name, module in model.named_modules() if module is embedding]
-    weight = next(
-        (stored.tensors[f"{PREFIX}{n}.weight"] for n in names if f"{PREFIX}{n}.weight" in stored.tensors), None
-    )
-    if weight is not None and weight.shape[0] != embedding.weight.shape[0]:
-        model.resize_token_embeddings(weight.shape[0], mean_resizing=False)
+def _saved_modules(stored: StoredAdapter) -> list[str]:
+    """Modules stored in full, by their tensors: PEFT stores resized embeddings too, which its config does not name,
+    and matches names differently (its `norm` means `input_layernorm` as well)."""
+    names = {key.removeprefix(PREFIX).removesuffix(".weight") for key in stored.tensors if ".lora_" not in key}
+    return sorted(name for name in names if f"{PREFIX}{name}.weight" in stored.tensors)
 
 
-def _short_names(model: PreTrainedModel, targets: list[str]) -> list[str]:
-    """Name endings where they mean exactly these layers (what other tools expect), else full names."""
-    endings = sorted({name.rsplit(".", 1)[-1] for name in targets})
-    wrapped = {name for name, _ in lora_layers(model)}
-    others = [name for name in find_targets_anywhere(model) if name not in wrapped]
-    if any(name.rsplit(".", 1)[-1] in endings for name in others):
-        return targets
-    return endings
+def _match_embeddings(model: PreTrainedModel, stored: StoredAdapter, folder: Path) -> None:
+    """Resizes and unties the model's embedding and head to what the adapter holds.
 
-
-def find_targets_anywhere(model: PreTrainedModel) -> list[str]:
-    """Names of all linear layers that are not inside a wrapped one."""
-    return [name for name in find_targets(model, r".*") if not name.endswith(".base_layer")]
+    An adapter trained with new tokens holds larger ones than the base; PEFT trains a tied head as a copy.
+    """
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    tied = is_tied_head(model, head)
+    kept = {}
+    for name, module in model.named_modules():
+        if module is embedding or module is head:
+            kept["head" if module is head else "embedding"] = stored.tensors.get(f"{PREFIX}{name}.weight")
+    sizes = {len(weight) for weight in kept.values() if weight is not None}
+    if sizes - {embedding.weight.shape[0]}:
+        if len(sizes) > 1 or None in kept.values():
+            raise AdapterError(f"{folder}: new tokens, but not both the embedding and the head", fix="Save both")
+        model.resize_token_embeddings(sizes.pop(), mean_resizing=False)
+    one, other = kept.get("embedding"), kept.get("head")
+    if tied and one is not other and (one is None or other is None or not torch.equal(one, other)):
+        untie_head(model)
