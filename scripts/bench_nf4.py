@@ -13,7 +13,6 @@ from typing import Any
 
 from bench_runs import environment, hardware_line, manifest, train_run, write
 
-
 ROWS = 4  # a step
 
 
