@@ -30,22 +30,17 @@ NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", ty
 
 
 def render() -> str:
-    return "\n".join([HEAD, *_sections(), ""])
-
-
-def _sections() -> Iterator[str]:
-    for name, field in Recipe.model_fields.items():
-        model: Any = field.annotation
-        yield f"## {name}\n\n{_table(model)}\n"
-        if name == "data":
-            yield f"### A source in `data.train`\n\n{_table(DataSource)}\n"
+    models: list[tuple[str, Any]] = [(name, field.annotation) for name, field in Recipe.model_fields.items()]
+    models.append(("A source in a list under data.train", DataSource))
+    return "\n".join([HEAD, *(f"## {name}\n\n{_table(model)}\n" for name, model in models), ""])
 
 
 def _table(model: type[BaseModel]) -> str:
     lines = ["| field | value | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
         value = ", ".join([_kind(field.annotation), *_limits(field.metadata)])
-        cells = (f"`{field.alias or name}`", value, _default(field), " ".join((field.description or "").split()))
+        default = "required" if field.is_required() else _default(field.default)
+        cells = (f"`{field.alias or name}`", value, default, " ".join((field.description or "").split()))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -72,10 +67,7 @@ def _limits(metadata: Any) -> Iterator[str]:
             yield from (words.format(value) for part in parts if (value := getattr(part, key, None)) is not None)
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.default
+def _default(value: Any) -> str:
     return f"`{value if isinstance(value, str) and value else json.dumps(value)}`"
 
 
