@@ -121,7 +121,7 @@ def test_a_changed_input_is_noticed():
     middle = x * 1.0
     y = layer.lora(middle)
     middle.mul_(2)
-    with pytest.raises(RuntimeError, match="modified.*inplace"):
+    with pytest.raises(RuntimeError, match=r"modified.*inplace"):
         y.sum().backward()
 
 
