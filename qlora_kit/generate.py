@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from qlora_kit.data.template import stop_token_ids
+from qlora_kit.data.template import render_chat, stop_token_ids
 from qlora_kit.errors import ModelError
 from qlora_kit.model.load import load_base, load_tokenizer
 from qlora_kit.model.quantized import expanded
@@ -28,12 +28,17 @@ def generate_ids(
     top_p: float = 1.0,
     streamer: TextStreamer | None = None,
 ) -> list[int]:
-    """The answer's token ids, the end token included where it was reached. temperature 0 is greedy."""
+    """The answer's token ids, the end token included where it was reached. temperature 0 is greedy.
+
+    Ends where prompt and answer fill the model's context.
+    """
+    max_new_tokens = max(1, min(max_new_tokens, context_length(model) - len(prompt_ids)))
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     ids = torch.tensor([prompt_ids], device=model.device)
-    output = model.generate(
+    generate: Any = model.generate
+    output = generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
@@ -46,31 +51,48 @@ def generate_ids(
     return output[0, len(prompt_ids) :].tolist()
 
 
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens that the model was made for, prompt and answer together."""
+    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of an answer, without special tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
 def generate_command(
     name: str, *, prompt: str | None, chat: str | None, system: str | None, seed: int, **options: Any
 ) -> None:
     """Prints an answer as it is made; a conversation until an empty line where neither prompt nor chat text is given.
 
     Raises:
-        ModelError, RunError: there is no such run or model, or it has no chat template.
+        ModelError, RunError: there is no such run or model, or the prompt does not fit it.
+        DataError: it has no chat template, or the template refuses these turns.
     """
     model, tokenizer = _load(name)
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def say(ids: list[int]) -> list[int]:
+        room = context_length(model) - 1
+        if not 0 < len(ids) <= room:
+            raise ModelError("length of the prompt in tokens", got=len(ids), allowed=f"1 to {room}")
+        return generate_ids(model, tokenizer, ids, streamer=streamer, **options)
+
     with expanded(model, model.dtype):
         if prompt is not None:
-            generate_ids(model, tokenizer, tokenizer(prompt)["input_ids"], streamer=streamer, **options)
+            say(tokenizer(prompt)["input_ids"])
             return
-        if not tokenizer.chat_template:
-            raise ModelError(f"{name} has no chat template", fix="Use --prompt, or train with data.chat_template")
-        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
         while turn := (chat or _ask()):
             messages.append({"role": "user", "content": turn})
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-            answer = generate_ids(model, tokenizer, ids, streamer=streamer, **options)
+            text = render_chat(tokenizer, messages, generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            answer = say(ids)
             if chat:
                 return
-            messages.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
+            messages.append({"role": "assistant", "content": decode(tokenizer, answer)})
 
 
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from qlora_runtime import Bundle
+import torch
+from qlora_runtime import Bundle, BundleError
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,8 +20,10 @@ from qlora_kit.eval.forms import FormResult, PairResult, PerRow, compare_forms, 
 from qlora_kit.eval.metrics import compute_metric
 from qlora_kit.eval.results import EvalResults, plot_results, print_table, write_results
 from qlora_kit.eval.scorers import BundleScorer, Scorer, TorchScorer
+from qlora_kit.export.bundle import REJECTED
 from qlora_kit.model.load import to_reference
 from qlora_kit.recipe import Recipe
+from qlora_kit.train.determinism import seed_for
 from qlora_kit.train.restore import best_device, load_run_base, load_run_tokenizer, load_tuned
 from qlora_kit.train.run_folder import RunFolder
 
@@ -71,14 +76,19 @@ def find_forms(run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
 
         return scorer
 
-    forms: dict[str, Callable[[], Scorer]] = {"base": torch_form(lambda: load_run_base(run, "none", device))}
+    def base_form(quant: str) -> Callable[[], Scorer]:
+        return torch_form(lambda: _with_new_tokens(load_run_base(run, quant, device), tokenizer, recipe.run.seed))
+
+    forms = {"base": base_form("none")}
     if recipe.base.quant != "none":
-        forms[f"base_{recipe.base.quant}"] = torch_form(lambda: load_run_base(run, device=device))
+        forms[f"base_{recipe.base.quant}"] = base_form(recipe.base.quant)
     if run.adapter.is_dir():
         forms["tuned"] = torch_form(lambda: load_tuned(run, device))
     if run.merged.is_dir():
         forms["merged"] = torch_form(lambda: AutoModelForCausalLM.from_pretrained(run.merged, device_map={"": device}))
-    for bundle in sorted(run.bundles.glob("*/manifest.json")):
+    for bundle in sorted(run.bundles.glob("[a-z]*/manifest.json")):
+        if bundle.parent.suffix == REJECTED:
+            continue
         forms[f"bundle_{bundle.parent.name}"] = _bundle_form(bundle.parent, tokenizer, size)
     return forms
 
@@ -147,5 +157,20 @@ def _pairs(results: dict[str, FormResult]) -> list[PairResult]:
     return compared
 
 
-def _bundle_form(folder: object, tokenizer: PreTrainedTokenizerBase, size: int) -> Callable[[], Scorer]:
-    return lambda: BundleScorer(Bundle.open(str(folder)), tokenizer, size)
+def _with_new_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A base with room for the tokens that the run added: as it was before training, not as it was shipped."""
+    embedding: Any = model.get_input_embeddings()
+    if len(tokenizer) > embedding.weight.shape[0]:
+        torch.manual_seed(seed_for(seed, "init"))
+        model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def _bundle_form(folder: Path, tokenizer: PreTrainedTokenizerBase, size: int) -> Callable[[], Scorer]:
+    def scorer() -> Scorer:
+        try:
+            return BundleScorer(Bundle.open(folder), tokenizer, size)
+        except BundleError as error:
+            raise EvalError(f"{folder}: {error}", fix="Export again") from error
+
+    return scorer

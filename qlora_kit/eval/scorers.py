@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
-from qlora_runtime import Bundle, Sampling
+from qlora_runtime import Bundle, BundleError, Sampling
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.data.collate import collate
 from qlora_kit.data.masking import Encoded
 from qlora_kit.data.template import stop_token_ids
+from qlora_kit.errors import EvalError
 from qlora_kit.export.verify import log_softmax
-from qlora_kit.generate import generate_ids
+from qlora_kit.generate import decode, generate_ids
 from qlora_kit.model.quantized import expanded
 from qlora_kit.train.loss import row_losses
 
@@ -44,9 +46,9 @@ class TorchScorer:
         return [found[place] for place in range(len(rows))]
 
     def answers(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
-        with expanded(self.model, self.model.config.dtype):
+        with expanded(self.model, self.model.dtype):
             ids = [generate_ids(self.model, self.tokenizer, list(prompt), max_new_tokens) for prompt in prompts]
-        return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
+        return [decode(self.tokenizer, answer) for answer in ids]
 
 
 class BundleScorer:
@@ -59,7 +61,8 @@ class BundleScorer:
         found: dict[int, RowLoss] = {}
         for places in _by_length(rows, self.batch_size):
             batch = collate([rows[p] for p in places], pad_id=self.tokenizer.pad_token_id)
-            logits = self.bundle.logits(batch["input_ids"].numpy(), batch["attention_mask"].numpy())
+            with _said(self.bundle):
+                logits = self.bundle.logits(batch["input_ids"].numpy(), batch["attention_mask"].numpy())
             for place, row_logits in zip(places, logits):
                 labels = rows[place].labels
                 kept = np.flatnonzero(labels[1:] != -100)
@@ -70,15 +73,22 @@ class BundleScorer:
     def answers(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
         sampling = Sampling(max_new_tokens=max_new_tokens)
         ends = set(stop_token_ids(self.tokenizer))
-        texts = []
-        for prompt in prompts:
-            ids: list[int] = []
-            for token in self.bundle.stream(list(prompt), sampling):
-                if token in ends:
-                    break
-                ids.append(token)
-            texts.append(self.tokenizer.decode(ids, skip_special_tokens=True))
-        return texts
+        with _said(self.bundle):
+            ids = [[*self.bundle.stream(list(prompt), sampling)] for prompt in prompts]
+        return [decode(self.tokenizer, _until(answer, ends)) for answer in ids]
+
+
+@contextmanager
+def _said(bundle: Bundle) -> Iterator[None]:
+    """What the runner refuses, as an error of ours that names the bundle."""
+    try:
+        yield
+    except BundleError as error:
+        raise EvalError(f"{bundle.directory}: {error}", fix="Shorten the rows, or export again") from error
+
+
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def _by_length(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:

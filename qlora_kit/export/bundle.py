@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora_runtime import Bundle, ModelInfo, Provenance, Reference, Verification, write_manifest, write_reference
+from qlora_runtime import (
+    Bundle,
+    BundleError,
+    ModelInfo,
+    Provenance,
+    Reference,
+    Verification,
+    write_manifest,
+    write_reference,
+)
 
-from qlora_kit.errors import VerificationError
+from qlora_kit.errors import ExportError, VerificationError
 from qlora_kit.export.graph import build_graph
 from qlora_kit.export.reference import ReferenceRow
 from qlora_kit.export.verify import Distances, Profile, measure, tolerance_of
 from qlora_kit.model.source import sha256_file
+
+REJECTED = ".rejected"
+"""Ending of a bundle's folder that did not pass."""
 
 
 def make_bundle(
@@ -28,29 +41,26 @@ def make_bundle(
         base, adapter: what the model was made from, for the manifest.
 
     Raises:
-        VerificationError: the bundle is past its tolerance; it is left at TARGET.rejected, to be looked at.
+        VerificationError: the bundle is past its tolerance; it is left at TARGET.rejected, to be looked at, and
+            nothing at `target`.
+        ExportError: the model has no graph, the graph does not run, or the disk is full; `target` is untouched.
     """
     partial = target.with_name(f".partial-{target.name}")
-    rejected = target.with_name(f"{target.name}.rejected")
-    for folder in (partial, rejected):
-        shutil.rmtree(folder, ignore_errors=True)
-    partial.mkdir(parents=True)
+    rejected = target.with_name(f"{target.name}{REJECTED}")
     try:
+        for folder in (partial, rejected):
+            shutil.rmtree(folder, ignore_errors=True)
+        partial.mkdir(parents=True)
         build_graph(merged, partial, profile.name)
-        write_reference(partial, Reference([row.shipped() for row in rows], profile.reference))
-        about = {
-            "profile": profile.name,
-            "model": _model_info(partial),
-            "provenance": Provenance(base, adapter, *_text_hashes(merged)),
-            "tools": tools,
-        }
-        write_manifest(partial, verification=None, **about)
-        distances, reasons = measure(Bundle.open(partial), rows, profile)
-        proof = Verification(not reasons, tolerance_of(profile), asdict(distances))
-        write_manifest(partial, verification=proof, **about)
-        final = rejected if reasons else target
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        distances, reasons = _prove(merged, partial, profile, rows, {"tools": tools}, base, adapter)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, rejected if reasons else target)
+    except BundleError as error:
+        raise ExportError(f"{profile.name}: the bundle does not run: {error}", fix="Report this") from error
+    except OSError as error:
+        raise ExportError(
+            f"{target} cannot be written: {error.strerror}", fix="Free some space and export again"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if reasons:
@@ -59,6 +69,29 @@ def make_bundle(
             fix=f"It lies in {rejected} to be looked at; export another profile, or report this",
         )
     return distances
+
+
+def _prove(
+    merged: Path,
+    bundle: Path,
+    profile: Profile,
+    rows: list[ReferenceRow],
+    about: dict[str, Any],
+    base: Any,
+    adapter: Any,
+) -> tuple[Distances, list[str]]:
+    """Adds reference and manifest to a graph, measures, and writes the manifest again with what was found."""
+    write_reference(bundle, Reference([row.shipped() for row in rows], profile.reference))
+    about |= {
+        "profile": profile.name,
+        "model": _model_info(bundle),
+        "provenance": Provenance(base, adapter, *_text_hashes(merged)),
+    }
+    write_manifest(bundle, verification=None, **about)
+    distances, reasons = measure(Bundle.open(bundle), rows, profile)
+    numbers = {name: value if math.isfinite(value) else None for name, value in asdict(distances).items()}
+    write_manifest(bundle, verification=Verification(not reasons, tolerance_of(profile), numbers), **about)
+    return distances, reasons
 
 
 def _model_info(folder: Path) -> ModelInfo:

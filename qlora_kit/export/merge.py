@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def merge_adapter(model: PreTrainedModel) -> list[LayerDelta]:
 def plain_linear(layer: nn.Module, weight: Tensor) -> nn.Module:
     """A linear layer of the same kind with `weight` float32 [out, in]; Conv1D stays Conv1D ([in, out])."""
     out_features, in_features = weight.shape
-    bias = layer.bias
+    bias: Any = layer.bias
     if isinstance(layer, Conv1D):
         plain: nn.Module = Conv1D(out_features, in_features)
         plain.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)

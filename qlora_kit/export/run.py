@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,13 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.data.dataset import prepare
 from qlora_kit.data.masking import IGNORED, Encoded
 from qlora_kit.data.template import stop_token_ids
-from qlora_kit.errors import ExportError
+from qlora_kit.errors import ExportError, RunError
 from qlora_kit.export.bundle import make_bundle
 from qlora_kit.export.merge import LayerDelta, merge_adapter, save_merged
 from qlora_kit.export.reference import ReferenceRow, answer
 from qlora_kit.export.verify import PROFILES, Distances
 from qlora_kit.model.load import to_reference
 from qlora_kit.model.quantized import expanded
+from qlora_kit.model.source import sha256_file
 from qlora_kit.recipe import Recipe
 from qlora_kit.train.records import tool_versions
 from qlora_kit.train.restore import load_run_tokenizer, load_tuned
@@ -38,36 +40,52 @@ def export_run(run: RunFolder, console: Console, profiles: list[str] | None = No
         if name not in PROFILES:
             raise ExportError("no such profile", got=name, allowed=", ".join(PROFILES))
     with run.lock():
-        model = to_reference(load_tuned(run))
-        _set_end_tokens(model, tokenizer)
-        rows = reference_rows(model, recipe, tokenizer)
-        deltas = merge_adapter(model)
-        save_merged(model, tokenizer, run.merged)
-        del model
-        write_json(run.path / "merge.json", _merge_report(deltas))
-        console.print(f"merged {len(deltas)} layers in fp32 into {run.merged}", highlight=False)
-        manifest = run.manifest()
+        sources = _provenance(run)
+        rows = _merge(run, recipe, tokenizer, console)
         made: dict[str, Distances] = {}
-        failure: ExportError | None = None
+        failures: list[ExportError] = []
         for name in names:
             try:
                 made[name] = make_bundle(
-                    run.merged,
-                    run.bundles / name,
-                    PROFILES[name],
-                    rows,
-                    base=manifest["base"],
-                    adapter=manifest["adapter"],
-                    tools=tool_versions(EXPORT_TOOLS),
+                    run.merged, run.bundles / name, PROFILES[name], rows, tools=tool_versions(EXPORT_TOOLS), **sources
                 )
                 console.print(_summary(run, name, made[name]), highlight=False)
             except ExportError as error:
-                failure = failure or error
-        if not recipe.export.merged:
+                failures.append(error)
+        if not recipe.export.merged and not failures:
             shutil.rmtree(run.merged)
-    if failure:
-        raise failure
+    for other in failures[1:]:
+        console.print(str(other), highlight=False)
+    if failures:
+        raise failures[0]
     return made
+
+
+def _provenance(run: RunFolder) -> dict[str, Any]:
+    """Base and adapter of a finished run, as its manifest records them.
+
+    Raises:
+        RunError: the run is not finished, or its adapter is not the one that it published.
+    """
+    manifest = run.manifest()
+    weights = run.adapter / "adapter_model.safetensors"
+    if "adapter" not in manifest or not weights.is_file():
+        raise RunError(f"{run.path} is not finished", fix=f"Finish it: qlora-kit train --resume {run.path}")
+    if sha256_file(weights) != manifest["adapter"]["sha256"]:
+        raise RunError(f"{weights} was changed after training", fix="Put the file back, or train again")
+    return {"base": manifest["base"], "adapter": manifest["adapter"]}
+
+
+def _merge(run: RunFolder, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> list[ReferenceRow]:
+    """Writes RUN/merged and RUN/merge.json. Returns what the trained model answered before it was merged."""
+    model = to_reference(load_tuned(run))
+    _set_end_tokens(model, tokenizer)
+    rows = reference_rows(model, recipe, tokenizer)
+    deltas = merge_adapter(model)
+    save_merged(model, tokenizer, run.merged)
+    write_json(run.path / "merge.json", _merge_report(deltas))
+    console.print(f"merged {len(deltas)} layers in fp32 into {run.merged}", highlight=False)
+    return rows
 
 
 def reference_rows(model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[ReferenceRow]:
@@ -76,7 +94,7 @@ def reference_rows(model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrained
     count = min(recipe.export.verify_prompts, len(held_out))
     order = sorted(range(len(held_out)), key=lambda place: len(held_out[place].input_ids))
     chosen = [held_out[order[k * (len(order) - 1) // max(1, count - 1)]] for k in range(count)]
-    with expanded(model, model.config.dtype):
+    with expanded(model, model.dtype):
         return [answer(model, row.input_ids.tolist(), row.labels.tolist(), _prompt_tokens(row)) for row in chosen]
 
 

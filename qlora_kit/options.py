@@ -1,0 +1,113 @@
+"""The command line's verbs and their options. Imports nothing heavy, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from qlora_kit import __version__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; `verb` of what it returns is the verb's name."""
+    parser = argparse.ArgumentParser(
+        prog="qlora-kit", description="Fine-tune a quantized language model on hardware you own; ship it to a CPU."
+    )
+    parser.add_argument("--version", action="version", version=f"qlora-kit {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    doctor = _verb(verbs, "doctor", "what this machine has, and what that allows")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    _plan(_verb(verbs, "plan", "how much memory a recipe takes; loads no weights"))
+    _data(_verb(verbs, "data", "look at the rows a recipe trains on"))
+    _train(_verb(verbs, "train", "fine-tune; makes a run folder"))
+    _eval(_verb(verbs, "eval", "score base, tuned, merged and bundles on the same held-out rows"))
+    _export(_verb(verbs, "export", "merge, write ONNX bundles, and prove them"))
+    _generate(_verb(verbs, "generate", "let a run, a bundle or a base model answer"))
+    _add_run(_verb(verbs, "report", "write a run's report.html again"))
+    return parser
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where it would train (default cuda)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["show"])
+    _add_recipe(parser)
+    parser.add_argument("-n", "--rows", type=_number(int, 0), default=3, help="rows to print (default 3)")
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser, nargs="?")
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run folder from its newest whole checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="start again where the run folder exists")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--quiet", dest="mode", action="store_const", const="quiet", help="say nothing but errors")
+    mode.add_argument("--json", dest="mode", action="store_const", const="json", help="JSON lines on standard output")
+    parser.set_defaults(mode="rich")
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--forms", metavar="A,B", type=_names, help="only these forms, e.g. base,tuned,bundle_int8")
+    parser.add_argument("--rows", type=_number(int, 1), help="at most this many rows")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--profiles", metavar="A,B", type=_names, help="instead of the recipe's, e.g. fp32,int8")
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a run folder, a bundle folder or a base model")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", help="text to continue as it stands")
+    what.add_argument("--chat", nargs="?", const="", help="one user turn; without text a conversation")
+    parser.add_argument("--system", help="system turn of a chat")
+    parser.add_argument("--max-new-tokens", type=_number(int, 1), default=256, help="default 256")
+    parser.add_argument(
+        "--temperature", type=_number(float, 0), default=0.0, help="0 (default) always takes the likeliest token"
+    )
+    parser.add_argument("--top-k", type=_number(int, 0), default=0, help="0 (default) keeps all tokens")
+    parser.add_argument("--top-p", type=_number(float, 0.001, 1), default=1.0, help="1 (default) keeps all tokens")
+    parser.add_argument("--seed", type=_number(int, 0, 2**31), default=0, help="the same seed draws the same answer")
+
+
+def _verb(verbs: Any, name: str, about: str) -> argparse.ArgumentParser:
+    """`verbs` is what add_subparsers gave; its type has no public name."""
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=about, description=about)
+    parser.set_defaults(verb=name)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("recipe", nargs=nargs, help="a .yaml file or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", help="run folder (default: the last run in runs/)")
+
+
+def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """Reads a finite number from `low` to `high`."""
+
+    def read(text: str) -> float:
+        value: float = kind(text)
+        if not low <= value <= high or value == float("inf"):
+            limit = f"at least {low}" if high == float("inf") else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range; allowed: {limit}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it where `kind` refuses the text
+    return read
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("names none; give at least one, separated by commas")
+    return list(dict.fromkeys(names))
