@@ -116,20 +116,26 @@ class AdapterOptimizer:
                 )
             entries[name][entry] = value
         for name, found in entries.items():
-            device = self.parameters[name].device
-            low = found.pop("low_bits", None)
-            if (low is None) != (name not in self.low_bits):
+            self._load_one(name, found)
+
+    def _load_one(self, name: str, found: dict[str, Any]) -> None:
+        parameter, low = self.parameters[name], found.pop("low_bits", None)
+        if (low is None) != (name not in self.low_bits):
+            raise CheckpointError(f"kept low bits of {name} do not match adapter.keep_precision", fix="Start a new run")
+        moments = {"low_bits": low} | {entry: found.get(entry) for entry in ("exp_avg", "exp_avg_sq") if found}
+        for entry, value in moments.items():
+            if isinstance(value, Tensor) and value.shape != parameter.shape:
                 raise CheckpointError(
-                    f"kept low bits of {name} do not match adapter.keep_precision", fix="Start a new run"
+                    f"shape of {name}/{entry}", got=list(value.shape), allowed=str(list(parameter.shape))
                 )
-            if low is not None:
-                self.low_bits[name].copy_(low)
-            (group,) = self._inner[name].param_groups
-            keep_cpu = {"step"}  # torch holds the step count on the CPU unless the optimizer is fused or capturable
-            self._inner[name].state[group["params"][0]] = {
-                entry: value.to(device) if isinstance(value, Tensor) and entry not in keep_cpu else value
-                for entry, value in found.items()
-            }
+        if low is not None:
+            self.low_bits[name].copy_(low)
+        (group,) = self._inner[name].param_groups
+        keep_cpu = {"step"}  # torch holds the step count on the CPU unless the optimizer is fused or capturable
+        self._inner[name].state[group["params"][0]] = {
+            entry: value.to(parameter.device) if isinstance(value, Tensor) and entry not in keep_cpu else value
+            for entry, value in found.items()
+        }
 
 
 def optimizer_maker(
@@ -167,6 +173,8 @@ def lr_at(step: int, peak: float, schedule: str, warmup_steps: int, total_steps:
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> float:
     """Global gradient norm, summed in fp32 whatever the gradients' dtype; scales them down to `max_norm` in place."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return 0.0
     norm = torch.stack([grad.float().square().sum() for grad in grads]).sum().sqrt().item()
     if max_norm is not None and norm > max_norm and math.isfinite(norm):
         for grad in grads:

@@ -63,6 +63,7 @@ class RunFolder:
         self.metrics_file, self.checkpoints = path / "metrics.jsonl", path / "checkpoints"
         self.adapter, self.tokenizer = path / "adapter", path / "tokenizer"
         self.merged, self.bundles = path / "merged", path / "bundles"
+        self.overwrite = False
 
     @classmethod
     def create(cls, recipe: Recipe, overwrite: bool = False) -> RunFolder:
@@ -72,12 +73,13 @@ class RunFolder:
             RunError: the folder holds a run already.
         """
         run = cls(Path(recipe.run.out_dir) / recipe.run.name)
-        run.check_new(overwrite)
+        run.overwrite = overwrite
+        run.check_new()
         return run
 
-    def check_new(self, overwrite: bool) -> None:
-        """Raises RunError where a run would be lost that nobody has given up."""
-        if self.recipe_file.exists() and not overwrite:
+    def check_new(self, overwrite: bool = False) -> None:
+        """Raises RunError where a run would be lost that nobody has given up, here or in `create`."""
+        if self.recipe_file.exists() and not (overwrite or self.overwrite):
             raise RunError(
                 f"{self.path} holds a run already",
                 fix="Go on with it by --resume, start again by --overwrite, or give another run.name",

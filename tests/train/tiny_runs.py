@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import multiprocessing
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +22,7 @@ from qlora_kit.train.loop import train
 from qlora_kit.train.progress import Progress, QuietProgress
 from qlora_kit.train.run_folder import RunFolder
 
-WORDS = "bridge stone iron river sea morning ferry coins boats bread salt lamp oil rope road water sky film".split()
+WORDS = ["bridge", "stone", "iron", "river", "sea", "ferry", "coins", "boats", "bread", "salt", "lamp", "oil", "rope"]
 
 TREE: dict[str, Any] = {
     "run": {"name": "tiny", "seed": 7},
@@ -46,9 +49,9 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> Path:
     """Questions and answers of very different lengths."""
     lines = []
     for k in range(rows):
-        words = [WORDS[(seed + k * 7 + i * (k + 3)) % len(WORDS)] for i in range(2 + (k * k) % 11)]
-        answer = " ".join(words[: 1 + k % 5])
-        lines.append(json.dumps({"prompt": f"{k}: {' '.join(words)}?", "completion": answer}))
+        words = [WORDS[(seed + k * 7 + i * (k + 3)) % len(WORDS)] for i in range(9)]
+        answer = " ".join(words[: 1 + (k % 3) ** 3])
+        lines.append(json.dumps({"prompt": f"{k}: {' '.join(words[: 1 + k % 5])}?", "completion": answer}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -104,3 +107,85 @@ def run_cli(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]
 
 def adapter_sha256(run: Path) -> str:
     return hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+# A server that has imported everything and forks a child for each run: a process of its own in half a second.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    [
+        "qlora_kit.train.loop",
+        "qlora_kit.report",
+        "transformers.generation",
+        "transformers.models.llama.modeling_llama",
+        "torch.utils.tensorboard",
+    ]
+)
+
+
+class ForkedCli:
+    """`qlora-kit ARGUMENTS` in a process of its own; its output goes to files in `folder`."""
+
+    def __init__(self, folder: Path, *arguments: Any, die_at: int | None = None, file_limit_bytes: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.out_file, self.err_file = folder / "stdout.txt", folder / "stderr.txt"
+        words = [str(argument) for argument in arguments]
+        self.process = _SERVER.Process(
+            target=_cli_child, args=(words, self.out_file, self.err_file, die_at, file_limit_bytes)
+        )
+        self.process.start()
+        self.pid: int = self.process.pid or 0
+
+    def wait(self, timeout_s: float = 120.0) -> int:
+        self.process.join(timeout_s)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"still running: {self.err}")
+        return self.process.exitcode
+
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    @property
+    def out(self) -> str:
+        return self.out_file.read_text(encoding="utf-8")
+
+    @property
+    def err(self) -> str:
+        return self.err_file.read_text(encoding="utf-8")
+
+
+def _cli_child(words: list[str], out_file: Path, err_file: Path, die_at: int | None, file_limit_bytes: int) -> None:
+    for descriptor, path in ((1, out_file), (2, err_file)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a forked server's children ignore it
+    if die_at is not None:
+        _die_at_file_event(die_at)
+    if file_limit_bytes:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, file_limit_bytes))
+    from qlora_kit.cli import main
+
+    code = main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die_at_file_event(number: int) -> None:
+    """SIGKILL at the `number`-th time that this process opens, makes, renames or removes something in a run folder."""
+    seen = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            return
+        if f"{os.sep}runs{os.sep}" in str(arguments[0]) and not str(arguments[0]).endswith(".lock"):
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)

@@ -1,0 +1,160 @@
+"""The loss does not depend on how a batch is cut, nor on where logits are made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import ARCHITECTURES, tiny_ids, tiny_model
+from tiny_runs import tiny_recipe
+from torch import nn
+
+from qlora_kit.data.collate import collate
+from qlora_kit.data.masking import Encoded
+from qlora_kit.train.loop import _count_tokens, _forward_backward
+from qlora_kit.train.loss import count_loss_tokens, row_losses, token_losses
+from qlora_kit.train.run_folder import RunFolder
+from qlora_kit.train.session import Session, start_session
+
+
+def batch_of(lengths: list[tuple[int, int]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Right-padded rows of (prompt, completion) lengths, loss on the completion."""
+    rows = []
+    for k, (prompt, completion) in enumerate(lengths):
+        ids = tiny_ids(seed + k, 1, prompt + completion)[0].numpy().astype(np.int32)
+        labels = ids.copy()
+        labels[:prompt] = -100
+        rows.append(Encoded(ids, labels, 0, k, False))
+    return collate(rows, pad_id=2)
+
+
+def full_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Loss of every token by the plain way: all logits, shifted labels."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_losses_equal_those_of_full_logits_on_every_architecture(arch: str) -> None:
+    model, batch = tiny_model(arch), batch_of([(5, 3), (20, 9), (1, 1), (2, 30)])
+    losses, labels = token_losses(model, batch)
+    plain = full_losses(model, batch)
+    torch.testing.assert_close(losses.sum(1), plain.sum(1), rtol=1e-6, atol=1e-5)
+    assert int((labels != -100).sum()) == count_loss_tokens(batch["labels"]) == 3 + 9 + 1 + 30
+
+
+def test_logits_are_made_only_where_a_row_carries_loss() -> None:
+    model, batch = tiny_model("llama"), batch_of([(12, 2), (13, 1)])
+    shapes = []
+    model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, out: shapes.append(out.shape))
+    losses, _ = token_losses(model, batch)
+    assert shapes == [(2, 2, 320)]
+    assert losses.shape == (2, 2)
+
+
+def test_soft_capped_logits_stay_capped() -> None:
+    model = tiny_model("gemma2", final_logit_softcapping=0.5)
+    batch = batch_of([(4, 6), (3, 3)])
+    uncapped = tiny_model("gemma2", final_logit_softcapping=None)
+    losses = token_losses(model, batch)[0]
+    torch.testing.assert_close(losses.sum(1), full_losses(model, batch).sum(1))
+    assert (losses.sum(1) - token_losses(uncapped, batch)[0].sum(1)).abs().max() > 0.1
+
+
+class OldModel(nn.Module):
+    """A causal model whose forward knows no logits_to_keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model("llama")
+
+    def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
+        logits = self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache).logits
+        return SimpleNamespace(logits=logits)
+
+
+def test_models_without_logits_to_keep_give_the_same_losses() -> None:
+    model, batch = OldModel(), batch_of([(5, 3), (2, 9)])
+    torch.testing.assert_close(token_losses(model, batch)[0], token_losses(model.inner, batch)[0])
+
+
+def test_padding_and_neighbours_do_not_move_a_rows_loss() -> None:
+    model, lengths = tiny_model("llama"), [(5, 3), (30, 12), (2, 1)]
+    together, tokens = row_losses(model, batch_of(lengths))
+    for k, length in enumerate(lengths):
+        alone, _ = row_losses(model, batch_of([length], seed=k))
+        torch.testing.assert_close(alone[0], together[k], rtol=1e-5, atol=1e-5)
+    assert tokens.tolist() == [3, 12, 1]
+
+
+def session_for(folder: Path, model: Path, **changes: Any) -> Session:
+    changes["adapter"] = {"dropout": 0.0, "dtype": "fp32"} | changes.get("adapter", {})
+    recipe = tiny_recipe(folder, model, **changes)
+    session = start_session(recipe, RunFolder(folder / "unused"))
+    for parameter in session.optimizer.parameters.values():  # B starts at 0, which would hide A's gradient
+        torch.manual_seed(parameter.numel())
+        parameter.data.copy_(torch.randn_like(parameter) * 0.1)
+    return session
+
+
+def gradients(session: Session) -> tuple[float, dict[str, torch.Tensor]]:
+    train = session.recipe.train
+    batches = [session.collate(session.batches.next_micro_batch()) for _ in range(train.grad_accum_steps)]
+    loss = _forward_backward(session, 1, batches, _count_tokens(session, batches)[1])
+    return loss, {name: p.grad for name, p in session.optimizer.parameters.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("micro", "accum"), [(4, 2), (2, 4), (1, 8)])
+def test_accumulated_gradients_equal_those_of_the_large_batch(
+    tmp_path: Path, tiny_llama: Path, micro: int, accum: int
+) -> None:
+    large = session_for(tmp_path, tiny_llama, train={"micro_batch_size": 8, "grad_accum_steps": 1})
+    start = large.batches.state_dict()
+    counts = [row.loss_tokens for row in large.batches.next_micro_batch()]
+    assert max(counts) >= 4 * min(counts), "the rows would not tell a mean of means from a mean"
+    large.batches.load_state_dict(start)
+    cut = session_for(tmp_path, tiny_llama, train={"micro_batch_size": micro, "grad_accum_steps": accum})
+    loss, expected = gradients(large)
+    cut_loss, found = gradients(cut)
+    assert cut_loss == pytest.approx(loss, abs=1e-6)
+    assert found.keys() == expected.keys() and len(found) == len(large.optimizer.parameters)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, tiny_llama: Path, dropout: float, quant: str) -> None:
+    found = [
+        gradients(
+            session_for(
+                tmp_path,
+                tiny_llama,
+                base={"quant": quant},
+                adapter={"dropout": dropout},
+                train={"gradient_checkpointing": on},
+            )
+        )
+        for on in (False, True)
+    ]
+    assert found[0][0] == found[1][0]
+    for name, gradient in found[0][1].items():
+        assert torch.equal(gradient, found[1][1][name]), name
+
+
+def test_checkpointed_layers_keep_no_activations_of_their_own(tmp_path: Path, tiny_llama: Path) -> None:
+    """The switch does something: the second forward pass of each layer is seen."""
+    calls = {}
+    for on in (False, True):
+        session = session_for(tmp_path, tiny_llama, train={"gradient_checkpointing": on})
+        seen: list[int] = []
+        layer = session.plain.get_submodule("model.layers.0.self_attn.q_proj")
+        layer.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        gradients(session)
+        calls[on] = len(seen)
+    assert calls[True] == 2 * calls[False]
