@@ -27,9 +27,17 @@ def frozen_linear(x: Tensor, expand: ExpandWeight, bias: Tensor | None) -> Tenso
         expand: gives W [out, in].
         bias: [out] or None; may be trainable.
 
-    Returns: [..., out] in x's dtype.
+    Returns: [..., out] in x's dtype; under autocast in autocast's, as torch's own linear layer.
     """
-    return _FrozenLinear.apply(x, expand, bias)
+    return _FrozenLinear.apply(autocast_input(x), expand, bias)
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x in the dtype that autocast, where it is on, computes linear layers in."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kit.kernels.frozen_linear import ExpandWeight, frozen_linear
+from qlora_kit.kernels.frozen_linear import ExpandWeight, autocast_input, frozen_linear
 
 
 def lora_linear_reference(
     x: Tensor, expand: ExpandWeight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0
 ) -> Tensor:
     """The plain path, and the one with dropout on the input of A. Shapes as in `lora_linear`."""
+    x = autocast_input(x)
     h = F.linear(F.dropout(x, dropout), a.to(x.dtype))  # [..., rank]
     return frozen_linear(x, expand, bias) + scaling * F.linear(h, b.to(x.dtype))
 
@@ -34,9 +35,9 @@ def lora_linear(x: Tensor, expand: ExpandWeight, bias: Tensor | None, a: Tensor,
         a: [rank, in], b: [out, rank], of any float dtype; their gradients come in their own dtype.
         scaling: alpha / rank, or alpha / sqrt(rank).
 
-    Returns: [..., out] in x's dtype.
+    Returns: [..., out] in x's dtype; under autocast in autocast's.
     """
-    return _LoraLinear.apply(x, expand, bias, a, b, scaling)
+    return _LoraLinear.apply(autocast_input(x), expand, bias, a, b, scaling)
 
 
 class _LoraLinear(torch.autograd.Function):

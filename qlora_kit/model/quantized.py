@@ -115,9 +115,12 @@ class QuantizedLinear(nn.Module):
                 blocksize=self.nested_block_size,
                 dtype=torch.float32,
             )
+        size, odd = self.out_features * self.in_features, self.in_features % 2
+        # Rows of odd length share bytes: asked for as one row, or bitsandbytes would compile a path for each shape.
+        shape = (size + size % 2,) if odd else (self.out_features, self.in_features)
         state = functional.QuantState(
             absmax=self.absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
+            shape=torch.Size(shape),
             code=self.code,
             blocksize=self.block_size,
             quant_type=self.quant,
@@ -125,7 +128,8 @@ class QuantizedLinear(nn.Module):
             offset=self.offset if nested else None,
             state2=nested,
         )
-        return functional.dequantize_4bit(self.codes, state)
+        weight = functional.dequantize_4bit(self.codes, state)
+        return weight.reshape(-1)[:size].view(self.out_features, self.in_features) if odd else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""

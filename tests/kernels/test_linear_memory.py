@@ -158,3 +158,17 @@ def test_dropout_of_the_reference_is_on_the_adapter_only():
     torch.manual_seed(0)
     all_dropped = lora_linear_reference(layer.x, layer.expand, layer.bias, layer.a, layer.b, 0.5, dropout=1.0)
     torch.testing.assert_close(all_dropped, layer.frozen(layer.x))
+
+
+@pytest.mark.parametrize("layer", [lora_linear, lora_linear_reference])
+def test_under_autocast_the_product_is_made_in_its_dtype(layer):
+    case = Layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = case.lora(case.x, layer)
+        assert y.dtype == torch.bfloat16
+        assert case.frozen(case.x).dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    found = case.grads()
+    assert all(grad.dtype == torch.float32 for grad in found)
+    case.lora(case.x.bfloat16(), layer).float().square().sum().backward()
+    assert all(torch.equal(one, other) for one, other in zip(found, case.grads(), strict=True))
