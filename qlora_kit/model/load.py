@@ -6,7 +6,6 @@ import sys
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,9 +24,6 @@ from qlora_kit.model.weights import first_line, refuse_missing_weights
 
 if not sys.stderr.isatty():  # a bar in a log file is noise
     transformers_logging.disable_progress_bar()
-
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
-"""What transformers raises on broken configurations and weights: it checks few of their fields itself."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -66,7 +62,12 @@ def load_base(
             output_loading_info=True,
             **options,
         )
-    except LOAD_ERRORS as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ModelError(
+            f"base.model {source.reference} does not fit into memory: {first_line(error)}",
+            fix="See what would: qlora-kit plan",
+        ) from error
+    except Exception as error:  # transformers checks few fields of a configuration: anything may come of a wrong one
         raise ModelError(
             f"base.model {source.reference} cannot be loaded: {first_line(error)}",
             fix="Check that the folder holds a causal language model and whole weight files",
