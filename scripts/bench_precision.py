@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_runs import RESULTS, environment, hardware_line, manifest, metrics, train_run, write
+from bench_runs import RESULTS, environment, hardware_line, metrics, train_run, write
 
 VARIANTS = {
     "fp32": ["adapter.dtype=fp32"],
@@ -38,7 +38,7 @@ def main() -> None:
     }  # fmt: skip
     curves = {v: [[r["loss"] for r in metrics(run, "train")] for run in of] for v, of in runs.items()}
     evals = {v: [[r["loss"] for r in metrics(run, "eval")] for run in of] for v, of in runs.items()}
-    final = {v: [manifest(run)["results"]["final_eval_loss"] for run in of] for v, of in runs.items()}
+    final = {v: [curve[-1] for curve in of] for v, of in evals.items()}  # after the last step
     _plot(curves, evals, options.steps)
     _report(options, curves, evals, final, environment(runs["fp32"][0]))
 
