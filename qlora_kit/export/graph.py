@@ -26,7 +26,7 @@ def build_graph(merged: Path, target: Path, profile: str) -> None:
         ExportError: the builder cannot write this model (GPT-2, for one).
     """
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    options = ["hf_remote=false"]
+    options = ["hf_remote=false", "windowed_kv_cache=false"]  # a cache of one shape for all layers
     if config.get("tie_word_embeddings"):
         options.append("shared_embeddings=true")
     command = [sys.executable, "-m", "qlora_kit.export.builder", str(merged), str(target), profile, *options]
@@ -39,7 +39,7 @@ def build_graph(merged: Path, target: Path, profile: str) -> None:
             fix=f"Use the merged model in {merged}",
         )
     shutil.rmtree(target / ".cache", ignore_errors=True)
-    _lay_out(target)
+    _lay_out(target, attention_windows(config))
     for name in ("config.json", "generation_config.json"):
         if (merged / name).exists():
             shutil.copyfile(merged / name, target / name)
@@ -48,8 +48,18 @@ def build_graph(merged: Path, target: Path, profile: str) -> None:
             shutil.copyfile(merged / name, target / name)
 
 
-def _lay_out(target: Path) -> None:
-    """Moves the graph to onnx/model.onnx and its weights to onnx/model.onnx_data, where all runtimes look."""
+def attention_windows(config: dict[str, Any]) -> list[int]:
+    """Tokens that each layer looks back on, its own included; -1 for all. [layers]"""
+    window = config.get("sliding_window") or -1
+    kinds = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
+    return [window if kind == "sliding_attention" else -1 for kind in kinds]
+
+
+def _lay_out(target: Path, windows: list[int]) -> None:
+    """Moves the graph to onnx/model.onnx and its weights to onnx/model.onnx_data, where all runtimes look.
+
+    The builder leaves the attention window out of graphs of Mistral and others, so each layer's is written in.
+    """
     (target / "onnx").mkdir()
     (target / "model.onnx.data").rename(target / "onnx" / DATA)
     graph = onnx.load(target / "model.onnx", load_external_data=False)
@@ -57,6 +67,11 @@ def _lay_out(target: Path) -> None:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = DATA
+    attention = [node for node in graph.graph.node if node.op_type == "GroupQueryAttention"]
+    for node, window in zip(attention, windows, strict=True):
+        for attribute in node.attribute:
+            if attribute.name == "local_window_size":
+                attribute.i = window
     onnx.save(graph, target / GRAPH)
     (target / "model.onnx").unlink()
     path = target / "genai_config.json"
