@@ -48,7 +48,8 @@ class TorchScorer:
     def answers(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
         with expanded(self.model, self.model.dtype):
             ids = [generate_ids(self.model, self.tokenizer, list(prompt), max_new_tokens) for prompt in prompts]
-        return [decode(self.tokenizer, answer) for answer in ids]
+        ends = set(stop_token_ids(self.tokenizer))
+        return [decode(self.tokenizer, _until(answer, ends)) for answer in ids]
 
 
 class BundleScorer:
