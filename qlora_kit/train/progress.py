@@ -90,24 +90,24 @@ class LiveProgress(QuietProgress):
     def start(self, session: Session, state: TrainState) -> None:
         self.total = session.total_steps
         trained = sum(p.numel() for p in session.optimizer.parameters.values())
-        self.console.print(
+        self._print(
             f"{session.recipe.base.model}: {session.recipe.base.quant} base, {trained:,} trained weights, "
             f"{session.total_steps} steps, into {session.run.path}"
         )
         for note in session.notes:
             self.say(note)
         if state.step:
-            self.console.print(f"resumed at step {state.step}")
+            self._print(f"resumed at step {state.step}")
         self.bar.start()
         self.task = self.bar.add_task("train", total=self.total, completed=state.step, values="")
 
     def say(self, text: str) -> None:
-        self.console.print(f"note: {text}", highlight=False)
+        self._print(f"note: {text}")
 
     def show(self, record: dict[str, Any]) -> None:
         if record["kind"] == "eval":
             best = " (best)" if record["best"] else ""
-            self.console.print(
+            self._print(
                 f"step {record['step']}: eval loss {record['loss']:.4f}, perplexity {record['perplexity']:.3f}{best}"
             )
             return
@@ -119,11 +119,15 @@ class LiveProgress(QuietProgress):
         if self.task is not None:
             self.bar.update(self.task, completed=record["step"], values=values)
         if not self.console.is_terminal and (record["step"] % 10 == 0 or record["step"] == self.total):
-            self.console.print(f"step {record['step']}/{self.total}  {values}", highlight=False)
+            self._print(f"step {record['step']}/{self.total}  {values}")
 
     def finish(self, adapter: Path, step: int, eval_loss: float | None) -> None:
         held_out = "" if eval_loss is None else f", eval loss {eval_loss:.4f}"
-        self.console.print(f"done: {adapter} holds the adapter of step {step}{held_out}")
+        self._print(f"done: {adapter} holds the adapter of step {step}{held_out}")
 
     def stop(self) -> None:
         self.bar.stop()
+
+    def _print(self, text: str) -> None:
+        """As it stands: no wrapping where there is no terminal, no brackets read as colours."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -35,7 +35,7 @@ def save(session: Session, state: TrainState) -> None:
         tensors,
         numbers,
     )
-    prune_checkpoints(session.run.checkpoints, session.recipe.train.keep_checkpoints, state.best_step)
+    _prune(session, state)
     session.run.update_manifest(step=state.step, checkpoint=state.step)
 
 
@@ -56,11 +56,16 @@ def publish(session: Session, state: TrainState) -> int:
         for note in session.notes:
             session.run.note(note)
         _copy_adapter(session, step)
+        _prune(session, state)  # a kill may have come between the last checkpoint and this
     session.accelerator.wait_for_everyone()
     if step != state.step:
         stored = read_adapter(session.run.adapter)
         fill_adapter(session.plain, session.settings, stored.tensors, str(session.run.adapter))
     return step
+
+
+def _prune(session: Session, state: TrainState) -> None:
+    prune_checkpoints(session.run.checkpoints, session.recipe.train.keep_checkpoints, state.best_step)
 
 
 def _copy_adapter(session: Session, step: int) -> None:

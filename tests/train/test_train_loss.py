@@ -113,12 +113,13 @@ def gradients(session: Session) -> tuple[float, dict[str, torch.Tensor]]:
 def test_accumulated_gradients_equal_those_of_the_large_batch(
     tmp_path: Path, tiny_llama: Path, micro: int, accum: int
 ) -> None:
-    large = session_for(tmp_path, tiny_llama, train={"micro_batch_size": 8, "grad_accum_steps": 1})
+    seed = {"seed": 3}
+    large = session_for(tmp_path, tiny_llama, run=seed, train={"micro_batch_size": 8, "grad_accum_steps": 1})
     start = large.batches.state_dict()
     counts = [row.loss_tokens for row in large.batches.next_micro_batch()]
     assert max(counts) >= 4 * min(counts), "the rows would not tell a mean of means from a mean"
     large.batches.load_state_dict(start)
-    cut = session_for(tmp_path, tiny_llama, train={"micro_batch_size": micro, "grad_accum_steps": accum})
+    cut = session_for(tmp_path, tiny_llama, run=seed, train={"micro_batch_size": micro, "grad_accum_steps": accum})
     loss, expected = gradients(large)
     cut_loss, found = gradients(cut)
     assert cut_loss == pytest.approx(loss, abs=1e-6)

@@ -28,7 +28,7 @@ TREE: dict[str, Any] = {
     "run": {"name": "tiny", "seed": 7},
     "base": {"quant": "nf4", "compute_dtype": "fp32"},
     "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
-    "data": {"max_seq_len": 96},
+    "data": {"max_seq_len": 120},
     "train": {
         "lr": 1e-2,
         "micro_batch_size": 2,
@@ -44,6 +44,9 @@ TREE: dict[str, Any] = {
     "eval": {"batch_size": 4, "samples": 0},
 }
 
+# With `write_gibberish`: the loss on the held-out rows is lowest at step 4 and rises from there.
+RISING = {"lr": 0.2, "schedule": "constant", "max_steps": 8, "eval_every": 2}
+
 
 def write_rows(path: Path, rows: int, seed: int = 0) -> Path:
     """Questions and answers of very different lengths."""
@@ -52,6 +55,13 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> Path:
         words = [WORDS[(seed + k * 7 + i * (k + 3)) % len(WORDS)] for i in range(9)]
         answer = " ".join(words[: 1 + (k % 3) ** 3])
         lines.append(json.dumps({"prompt": f"{k}: {' '.join(words[: 1 + k % 5])}?", "completion": answer}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_gibberish(path: Path, rows: int = 9) -> Path:
+    """Held-out answers that training on `write_rows` makes less and less likely."""
+    lines = [json.dumps({"prompt": f"{k}: stone?", "completion": "%$#@ ^&*( }{|<"[k % 3 :]}) for k in range(rows)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -85,7 +95,7 @@ def resume_here(run: RunFolder, recipe: Recipe | None = None, progress: Progress
 
 
 def write_recipe(folder: Path, tree: dict[str, Any]) -> Path:
-    path = folder / "recipe.yaml"
+    path = folder / f"{tree['run']['name']}.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path
 
