@@ -46,26 +46,33 @@ def merge_adapter(model: PreTrainedModel) -> list[LayerDelta]:
     Raises:
         ExportError: a merged weight is not finite; the layer is named.
     """
-    report = []
+    report, transposed = [], conv1d_layers(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
             weight, delta = merged_weight(module)
             if not torch.isfinite(weight).all():
                 raise ExportError(f"{name}: the merged weight holds NaN or Inf", fix="Export an earlier checkpoint")
             report.append(LayerDelta(name, delta.norm().item(), (weight - delta).norm().item()))
-            _replace(model, name, plain_linear(module.base_layer, weight))
+            _replace(model, name, plain_linear(module.base_layer, weight, name in transposed))
         elif isinstance(module, QuantizedLinear) and not name.endswith(".base_layer"):
-            _replace(model, name, plain_linear(module, module.dequantize(torch.float32)))
+            _replace(model, name, plain_linear(module, module.dequantize(torch.float32), name in transposed))
     model.float()
     model.config.dtype = torch.float32
     return report
 
 
-def plain_linear(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """A linear layer of the same kind with `weight` float32 [out, in]; Conv1D stays Conv1D ([in, out])."""
+def conv1d_layers(model: PreTrainedModel) -> set[str]:
+    """Names of the layers that the model's own class makes as Conv1D: once quantized, a layer does not tell."""
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    return {name for name, module in fresh.named_modules() if isinstance(module, Conv1D)}
+
+
+def plain_linear(layer: nn.Module, weight: Tensor, as_conv1d: bool) -> nn.Module:
+    """A plain layer with `weight` float32 [out, in] and the bias of `layer`; a Conv1D stores it as [in, out]."""
     out_features, in_features = weight.shape
     bias: Any = layer.bias
-    if isinstance(layer, Conv1D):
+    if as_conv1d:
         plain: nn.Module = Conv1D(out_features, in_features)
         plain.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
     else:

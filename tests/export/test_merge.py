@@ -1,0 +1,123 @@
+"""The merge: base plus delta to the last bit, and the merged folder as plain transformers reads it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_tiny_model, tiny_ids, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from qlora_kit.adapters.inject import inject_lora, lora_layers, trainable_parameters
+from qlora_kit.adapters.lora import LoraLinear, LoraSettings
+from qlora_kit.errors import ExportError
+from qlora_kit.export.merge import merge_adapter, save_merged
+from qlora_kit.model.load import load_base, to_reference
+from qlora_kit.model.quantized import QuantizedLinear
+from qlora_kit.model.source import find_base
+
+SETTINGS = LoraSettings(rank=3, alpha=7.0, dtype=torch.float32)
+ATTENTION = ["q_proj", "v_proj"]
+KINDS: dict[str, tuple[str, bool, str, dict[str, Any]]] = {  # architecture, tied head, quant, settings
+    "nf4": ("llama", True, "nf4", {}),
+    "fp4, some layers without adapter": ("llama", False, "fp4", {"target_modules": ATTENTION}),
+    "int8": ("llama", True, "int8", {}),
+    "unquantized, bf16 adapter": ("llama", True, "none", {"dtype": torch.bfloat16}),
+    "biases": ("qwen2", False, "nf4", {"bias": "all"}),
+    "biases of targets": ("qwen2", False, "int8", {"bias": "lora_only", "target_modules": ATTENTION}),
+    "rsLoRA": ("mistral", False, "nf4", {"use_rslora": True}),
+    "Conv1D": ("gpt2", True, "none", {"bias": "all"}),
+    "Conv1D quantized": ("gpt2", True, "nf4", {}),
+    "head in full": ("llama", False, "nf4", {"modules_to_save": ["lm_head", "norm"]}),
+    "tied head in full": ("llama", True, "nf4", {"modules_to_save": ["embed_tokens"]}),
+    "tied head as target": ("llama", True, "nf4", {"target_modules": ["lm_head", "q_proj"]}),
+    "fused projections": ("phi3", False, "nf4", {}),
+}
+
+
+def tuned_model(folder: Path, arch: str, tie: bool, quant: str, changes: dict[str, Any]) -> Any:
+    """A reference with an adapter that changes every layer."""
+    settings = replace(SETTINGS, **changes)
+    source = find_base(str(save_tiny_model(folder / "base", arch, tie)))
+    model = load_base(source, quant, compute_dtype=torch.float32, skip_modules=settings.modules_to_save)
+    inject_lora(model, settings)
+    torch.manual_seed(1)
+    for parameter in trainable_parameters(model).values():
+        parameter.data.add_(0.1 * torch.randn_like(parameter.float()))
+    return to_reference(model)
+
+
+def expected_weight(layer: LoraLinear) -> torch.Tensor:
+    """W + s B A written out: [out, in] float32."""
+    base = layer.base_layer
+    if isinstance(base, QuantizedLinear):
+        weight = base.dequantize(torch.float32)
+    else:
+        weight = base.weight.detach().T if isinstance(base, Conv1D) else base.weight.detach()
+    delta = torch.matmul(layer.lora_B.detach().float(), layer.lora_A.detach().float()).mul(layer.scaling)
+    return weight + delta
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_is_base_plus_delta_and_loads_in_transformers(tmp_path: Path, kind: str) -> None:
+    model = tuned_model(tmp_path, *KINDS[kind])
+    ids = tiny_ids(rows=3, length=20)
+    with torch.no_grad():
+        reference = model(input_ids=ids).logits
+    expected = {name: expected_weight(layer) for name, layer in lora_layers(model)}
+    deltas = merge_adapter(model)
+    assert [delta.name for delta in deltas] == list(expected) and all(delta.ratio > 0 for delta in deltas)
+    for name, weight in expected.items():
+        layer = model.get_submodule(name)
+        merged = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        assert merged.dtype == torch.float32 and torch.equal(merged, weight), name
+    assert not any(isinstance(module, LoraLinear | QuantizedLinear) for module in model.modules())
+    save_merged(model, tiny_tokenizer(), tmp_path / "merged")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.dtype == torch.float32
+    with torch.no_grad():
+        logits = loaded(input_ids=ids).logits
+    torch.testing.assert_close(logits, reference, atol=1e-5, rtol=1e-5)
+
+
+def test_tokenizer_and_template_come_along(tmp_path: Path) -> None:
+    model = tuned_model(tmp_path, "llama", True, "nf4", {})
+    merge_adapter(model)
+    tokenizer = tiny_tokenizer()
+    save_merged(model, tokenizer, tmp_path / "merged")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert loaded.get_vocab() == tokenizer.get_vocab() and loaded.chat_template == tokenizer.chat_template
+    chat = [{"role": "user", "content": "Where does the road end? 🙂"}]
+    assert loaded.apply_chat_template(chat, return_dict=False) == tokenizer.apply_chat_template(chat, return_dict=False)
+
+
+@pytest.mark.parametrize("scale, word", [(3e38, "overflow"), (float("nan"), "nan")])
+def test_a_delta_that_is_not_finite_names_its_layer(tmp_path: Path, scale: float, word: str) -> None:
+    model = tuned_model(tmp_path, "llama", True, "nf4", {})
+    name, layer = list(lora_layers(model))[5]
+    layer.lora_B.data.mul_(scale)
+    layer.lora_A.data.mul_(1e6 if word == "overflow" else 1)
+    with pytest.raises(ExportError, match=rf"{name}: the merged weight holds NaN or Inf.*earlier checkpoint"):
+        merge_adapter(model)
+
+
+def test_norms_in_the_report_are_those_of_delta_and_base(tmp_path: Path) -> None:
+    model = tuned_model(tmp_path, "llama", True, "none", {"target_modules": ["o_proj"]})
+    layers = dict(lora_layers(model))
+    expected = {n: (layer.delta().norm().item(), layer.base_layer.weight.norm().item()) for n, layer in layers.items()}
+    for delta in merge_adapter(model):
+        assert (delta.delta_norm, delta.weight_norm) == pytest.approx(expected[delta.name], rel=1e-4)
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_the_old_one_stays(tmp_path: Path) -> None:
+    model = tuned_model(tmp_path, "llama", True, "none", {})
+    merge_adapter(model)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ExportError, match=r"merged cannot be written: .*Free some space"):
+        save_merged(model, tiny_tokenizer(), tmp_path / "file" / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "file"}
