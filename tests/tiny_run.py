@@ -42,7 +42,14 @@ def write_recipe(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
         "base": {"model": str(model)},
         "adapter": {"rank": 4},
         "data": {"train": str(train), "eval": str(held_out), "max_seq_len": 96},
-        "train": {"optimizer": "adamw", "lr": 0.02, "max_steps": 6, "micro_batch_size": 4, "threads": 1},
+        "train": {
+            "optimizer": "adamw",
+            "lr": 0.02,
+            "max_steps": 6,
+            "save_every": 3,
+            "micro_batch_size": 4,
+            "threads": 1,
+        },
         "eval": {"answer": "choices", "choices": ["good", "bad"], "max_new_tokens": 6, "samples": 1},
         "export": {"profiles": ["fp32"], "verify_prompts": 4},
     }
