@@ -25,18 +25,18 @@ def save(session: Session, state: TrainState) -> None:
     state.grad_scaler = session.scaler.state_dict()
     state.elapsed_s += session.lap()
     state.peak_rss_bytes = max(state.peak_rss_bytes, peak_rss_bytes())
-    if not session.accelerator.is_main_process:
-        return
-    tensors, numbers = session.optimizer.state()
-    save_checkpoint(
-        session.run.checkpoints,
-        state,
-        lambda folder: save_adapter(session.plain, session.settings, folder, session.recipe.base.model),
-        tensors,
-        numbers,
-    )
-    _prune(session, state)
-    session.run.update_manifest(step=state.step, checkpoint=state.step)
+    if session.accelerator.is_main_process:
+        tensors, numbers = session.optimizer.state()
+        save_checkpoint(
+            session.run.checkpoints,
+            state,
+            lambda folder: save_adapter(session.plain, session.settings, folder, session.recipe.base.model),
+            tensors,
+            numbers,
+        )
+        _prune(session, state)
+        session.run.update_manifest(step=state.step, checkpoint=state.step)
+    session.accelerator.wait_for_everyone()
 
 
 def publish(session: Session, state: TrainState) -> int:

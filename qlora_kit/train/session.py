@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.adapters.inject import inject_lora, trainable_parameters
@@ -120,7 +121,7 @@ def start_session(recipe: Recipe, run: RunFolder) -> Session:
         source=source,
         tokenizer=tokenizer,
         plain=model,
-        model=accelerator.prepare_model(model) if accelerator.num_processes > 1 else model,
+        model=spread(model, accelerator),
         settings=settings,
         optimizer=optimizer,
         scaler=scaler,
@@ -149,9 +150,19 @@ def make_accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
         mixed_precision="no",  # the model is loaded in its compute dtype; nothing is cast on the way
         log_with=list(recipe.train.trackers) or None,
         project_dir=str(run.path / "trackers"),
-        # Quantized codes are buffers that never change: no need to send them around at each step.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+
+
+def spread(model: PreTrainedModel, accelerator: Accelerator) -> Any:
+    """The model as it is, or wrapped so that several processes average their gradients.
+
+    Quantized codes are buffers that never change: they are not sent around at each step.
+    """
+    if accelerator.num_processes == 1:
+        return model
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
+    return accelerator.prepare_model(model)
 
 
 def prepared_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:

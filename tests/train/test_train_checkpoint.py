@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import (
+    RISING,
     ForkedCli,
     adapter_sha256,
     resume_here,
     tiny_recipe,
     tiny_tree,
     train_here,
+    write_gibberish,
     write_recipe,
 )
 
@@ -241,10 +243,8 @@ def test_a_damaged_newest_checkpoint_never_pushes_out_a_whole_one(tmp_path: Path
 
 
 def test_a_damaged_best_checkpoint_is_never_published(tmp_path: Path, tiny_llama: Path) -> None:
-    recipe = tiny_recipe(
-        tmp_path, tiny_llama, train={"lr": 0.3, "max_steps": 8, "eval_every": 2, "schedule": "constant"}
-    )
-    run = train_here(recipe)
+    write_gibberish(tmp_path / "eval.jsonl")
+    run = train_here(tiny_recipe(tmp_path, tiny_llama, train=RISING))
     best = run.manifest()["results"]["best_step"]
     assert best < 8, "the test needs a best step before the last"
     flip(run.checkpoints / f"step-{best:06d}")

@@ -58,7 +58,10 @@ def waits_for(run: RunFolder, moment: str, number: int) -> Callable[[], bool]:
     """Whether the moment has come: so many lines of metrics; a checkpoint half written; an evaluation under way."""
 
     def lines() -> list[bytes]:
-        return run.metrics_file.read_bytes().splitlines() if run.metrics_file.exists() else []
+        try:
+            return run.metrics_file.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
 
     def writing() -> bool:
         return run.checkpoints.is_dir() and any(run.checkpoints.glob(".partial-*/adapter"))

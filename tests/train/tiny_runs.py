@@ -135,12 +135,19 @@ _SERVER.set_forkserver_preload(
 class ForkedCli:
     """`qlora-kit ARGUMENTS` in a process of its own; its output goes to files in `folder`."""
 
-    def __init__(self, folder: Path, *arguments: Any, die_at: int | None = None, file_limit_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: Any,
+        die_at: int | None = None,
+        file_limit_bytes: int = 0,
+        env: dict[str, str] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.out_file, self.err_file = folder / "stdout.txt", folder / "stderr.txt"
         words = [str(argument) for argument in arguments]
         self.process = _SERVER.Process(
-            target=_cli_child, args=(words, self.out_file, self.err_file, die_at, file_limit_bytes)
+            target=_cli_child, args=(words, self.out_file, self.err_file, die_at, file_limit_bytes, env or {})
         )
         self.process.start()
         self.pid: int = self.process.pid or 0
@@ -168,10 +175,13 @@ class ForkedCli:
         return self.err_file.read_text(encoding="utf-8")
 
 
-def _cli_child(words: list[str], out_file: Path, err_file: Path, die_at: int | None, file_limit_bytes: int) -> None:
+def _cli_child(
+    words: list[str], out_file: Path, err_file: Path, die_at: int | None, file_limit_bytes: int, env: dict[str, str]
+) -> None:
     for descriptor, path in ((1, out_file), (2, err_file)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a forked server's children ignore it
+    os.environ.update(env)
     if die_at is not None:
         _die_at_file_event(die_at)
     if file_limit_bytes:

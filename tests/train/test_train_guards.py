@@ -1,0 +1,232 @@
+"""What stops a run, what it publishes, and what it tells."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_runs import (
+    RISING,
+    ForkedCli,
+    adapter_sha256,
+    tiny_recipe,
+    tiny_tree,
+    train_here,
+    write_gibberish,
+    write_recipe,
+)
+
+from qlora_kit.data.collate import collate
+from qlora_kit.data.dataset import prepare
+from qlora_kit.errors import TrainingError
+from qlora_kit.generate import generate_ids
+from qlora_kit.train.loop import LOWEST_LOSS_SCALE, train_step
+from qlora_kit.train.loss import row_losses
+from qlora_kit.train.optim import lr_at
+from qlora_kit.train.restore import load_run_tokenizer, load_tuned
+from qlora_kit.train.run_folder import RunFolder
+from qlora_kit.train.session import Session, start_session
+
+
+def poisoned(model: Path, folder: Path, token: int | None) -> Path:
+    """A copy of an untied model with NaN in the last norm, or in the embedding of one token."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    if token is None:
+        tensors["model.norm.weight"][0] = math.nan
+    else:
+        tensors["model.embed_tokens.weight"][token, 3] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_rows(tmp_path: Path, tiny_qwen: Path) -> None:
+    model = poisoned(tiny_qwen, tmp_path / "nan", token=None)
+    with pytest.raises(TrainingError, match=r"step 1: loss nan .* rows: \S+train\.jsonl row \d+, .*Lower train\.lr"):
+        train_here(tiny_recipe(tmp_path, model))
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    assert run.manifest()["status"] == "failed" and run.metrics() == []
+    assert not run.checkpoints.exists() and not run.adapter.exists()
+
+
+def test_of_a_batch_only_the_row_that_is_wrong_is_named(tmp_path: Path, tiny_qwen: Path) -> None:
+    from tiny_models import tiny_tokenizer
+
+    (token,) = tiny_tokenizer()("~")["input_ids"]
+    model = poisoned(tiny_qwen, tmp_path / "nan", token=token)
+    tree = tiny_tree(tmp_path, model, base={"quant": "none"}, train={"max_steps": 30})
+    rows = Path(tree["data"]["train"]).read_text().splitlines()
+    rows[16] = json.dumps({"prompt": "stone ~", "completion": "river"})
+    Path(tree["data"]["train"]).write_text("\n".join(rows))
+    process = ForkedCli(tmp_path / "out", "train", write_recipe(tmp_path, tree), "--json")
+    assert process.wait() == 4
+    message = json.loads(process.out.splitlines()[-1])
+    assert message["error"] == "TrainingError"
+    assert message["message"].count("train.jsonl row") == 1 and "train.jsonl row 17." in message["message"]
+    assert RunFolder(tmp_path / "runs" / "tiny").manifest()["status"] == "failed"
+
+
+def fp16_session(folder: Path, model: Path, scale: float) -> Session:
+    recipe = tiny_recipe(folder, model, base={"compute_dtype": "fp16"})
+    session = start_session(recipe, RunFolder(folder / "unused"))
+    session.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return session
+
+
+def weights(session: Session) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in session.optimizer.parameters.items()}
+
+
+def test_an_fp16_overflow_skips_the_step_halves_the_scale_and_goes_on(tmp_path: Path, tiny_llama: Path) -> None:
+    session = fp16_session(tmp_path, tiny_llama, 2.0**60)
+    before = weights(session)
+    skipped = train_step(session, 1)
+    assert skipped.skipped and skipped.loss_scale == 2.0**60 and math.isfinite(skipped.loss)
+    assert session.scaler.get_scale() == 2.0**59
+    assert all(torch.equal(value, before[name]) for name, value in weights(session).items())
+    assert session.optimizer.state()[1] == {} and not any("exp_avg" in key for key in session.optimizer.state()[0])
+    session.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    done = train_step(session, 2)
+    assert not done.skipped and done.loss_scale == 1024.0
+    assert any(not torch.equal(value, before[name]) for name, value in weights(session).items())
+
+
+def test_gradients_that_overflow_at_any_scale_stop_the_run(tmp_path: Path, tiny_llama: Path) -> None:
+    session = fp16_session(tmp_path, tiny_llama, LOWEST_LOSS_SCALE / 2)
+    next(iter(session.optimizer.parameters.values())).register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(TrainingError, match=r"step 1: loss .* and gradient norm (inf|nan) are not finite"):
+        train_step(session, 1)
+
+
+def test_unscaled_fp16_gradients_are_those_of_fp32(tmp_path: Path, tiny_llama: Path) -> None:
+    norms = []
+    for dtype in ("fp16", "fp32"):
+        recipe = tiny_recipe(tmp_path, tiny_llama, base={"compute_dtype": dtype}, adapter={"dropout": 0.0})
+        norms.append(train_step(start_session(recipe, RunFolder(tmp_path / "unused")), 1).grad_norm)
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
+def test_an_overflow_is_in_the_metrics_as_json_that_any_reader_takes(tmp_path: Path, tiny_llama: Path) -> None:
+    """The first steps of fp16 may overflow; JSON has no word for infinity."""
+    run = train_here(tiny_recipe(tmp_path, tiny_llama, base={"compute_dtype": "fp16"}, train={"max_steps": 2}))
+
+    def no_constants(name: str) -> None:
+        raise AssertionError(name)
+
+    lines = [json.loads(line, parse_constant=no_constants) for line in run.metrics_file.read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert all((line["grad_norm"] is None) == line["skipped"] and line["loss_scale"] > 0 for line in steps)
+
+
+def held_out_loss(run: RunFolder) -> float:
+    """Of the published adapter, on all held-out rows, one at a time."""
+    recipe, model, tokenizer = run.recipe(), load_tuned(run), load_run_tokenizer(run)
+    rows = prepare(recipe.data, tokenizer, recipe.run.seed).eval
+    found = [row_losses(model, collate([row], tokenizer.pad_token_id)) for row in rows]
+    return sum(loss.item() for loss, _ in found) / sum(int(tokens) for _, tokens in found)
+
+
+@pytest.mark.parametrize("eval_batches", [None, 1])
+def test_stops_early_and_publishes_scores_and_samples_the_best_step(
+    tmp_path: Path, tiny_llama: Path, eval_batches: int | None
+) -> None:
+    write_gibberish(tmp_path / "eval.jsonl")
+    train = {**RISING, "max_steps": 30, "early_stopping_patience": 2, "eval_batches": eval_batches}
+    run = train_here(tiny_recipe(tmp_path, tiny_llama, train=train, eval={"samples": 2, "max_new_tokens": 6}))
+    manifest, evals = run.manifest(), [record for record in run.metrics() if record["kind"] == "eval"]
+    best = min(evals, key=lambda record: record["loss"])["step"]
+    results = manifest["results"]
+    assert results["stopped_early"] and results["best_step"] == manifest["adapter"]["step"] == best
+    assert manifest["step"] == evals[-1]["step"] == best + 4 < 30
+    kept = run.checkpoints / f"step-{best:06d}" / "adapter" / "adapter_model.safetensors"
+    assert kept.read_bytes() == (run.adapter / kept.name).read_bytes()
+    assert results["final_eval_loss"] == pytest.approx(held_out_loss(run), rel=1e-5)
+    model, tokenizer = load_tuned(run), load_run_tokenizer(run)
+    for sample in json.loads((run.path / "samples.json").read_text()):
+        turn = sample["prompt"].split("\n")[1]
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": turn}], add_generation_prompt=True, return_dict=False
+        )
+        answer = generate_ids(model, tokenizer, ids, 6)
+        assert sample["answer"] == tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_without_eval_every_the_end_is_evaluated(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = tiny_recipe(
+        tmp_path, tiny_llama, train={"eval_every": None, "eval_batches": None, "early_stopping_patience": None}
+    )
+    run = train_here(recipe)
+    evals = [record for record in run.metrics() if record["kind"] == "eval"]
+    assert [(record["step"], record["best"]) for record in evals] == [(6, True)]
+    results = run.manifest()["results"]
+    assert results["final_eval_loss"] == evals[0]["loss"] == pytest.approx(held_out_loss(run), rel=1e-5)
+    assert not results["stopped_early"]
+
+
+def test_patience_that_ends_with_the_last_step_is_no_early_stop(tmp_path: Path, tiny_llama: Path) -> None:
+    write_gibberish(tmp_path / "eval.jsonl")
+    run = train_here(tiny_recipe(tmp_path, tiny_llama, train={**RISING, "early_stopping_patience": 2}))
+    results = run.manifest()["results"]
+    assert run.manifest()["step"] == results["best_step"] + 4 == 8 and not results["stopped_early"]
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.0, 8), (0.5, 4), (2.0, 15), (0.01, 1)])
+def test_epochs_are_counted_in_steps(tmp_path: Path, tiny_llama: Path, epochs: float, steps: int) -> None:
+    """30 rows, 4 a step."""
+    recipe = tiny_recipe(tmp_path, tiny_llama, train={"max_steps": None, "epochs": epochs})
+    assert start_session(recipe, RunFolder(tmp_path / "unused")).total_steps == steps
+
+
+def test_metrics_hold_the_schedule_with_its_warm_up_and_each_row_once(tmp_path: Path, tiny_llama: Path) -> None:
+    train = {"warmup_steps": 3, "schedule": "linear", "max_steps": None, "epochs": 2.0, "log_every": 2}
+    run = train_here(tiny_recipe(tmp_path, tiny_llama, train=train))
+    steps = [record for record in run.metrics() if record["kind"] == "train"]
+    assert [record["step"] for record in steps] == [2, 4, 6, 8, 10, 12, 14, 15], "every second, and the last"
+    assert [record["lr"] for record in steps] == [lr_at(r["step"], 1e-2, "linear", 3, 15) for r in steps]
+    assert all(0 < r["loss_tokens"] < r["tokens"] and r["tokens_per_s"] > 0 and r["rss_bytes"] > 0 for r in steps)
+
+
+def test_json_lines_are_the_metrics_and_tensorboard_holds_the_same_curve(tmp_path: Path, tiny_llama: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = write_recipe(tmp_path, tiny_tree(tmp_path, tiny_llama, train={"trackers": ["tensorboard"]}))
+    process = ForkedCli(tmp_path / "out", "train", recipe, "--json")
+    assert process.wait() == 0
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    first, *middle, last = (json.loads(line) for line in process.out.splitlines())
+    assert (first["kind"], first["step"], first["total_steps"]) == ("start", 0, 6)
+    assert any("torch AdamW with fp32 states takes its place" in note for note in first["notes"])
+    assert middle == run.metrics()
+    assert last["kind"] == "finish" and last["adapter"] == str(run.adapter)
+    assert last["eval_loss"] == run.manifest()["results"]["final_eval_loss"]
+    events = EventAccumulator(str(run.path / "trackers" / "qlora-kit"))
+    events.Reload()
+    for kind, names in {"train": ("loss", "lr", "grad_norm", "tokens_per_s"), "eval": ("loss", "perplexity")}.items():
+        records: list[dict[str, Any]] = [record for record in run.metrics() if record["kind"] == kind]
+        for name in names:
+            logged = [(event.step, event.value) for event in events.Scalars(f"{kind}/{name}")]
+            assert logged == [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records], name
+
+
+def test_quiet_is_silent_and_the_default_tells_what_matters(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_tree(tmp_path, tiny_llama))
+    quiet = ForkedCli(tmp_path / "quiet", "train", recipe, "--quiet")
+    assert quiet.wait() == 0 and quiet.out == "" and quiet.err == ""
+    expected = adapter_sha256(tmp_path / "runs" / "tiny")
+    told = ForkedCli(tmp_path / "told", "train", recipe, "--overwrite")
+    assert told.wait() == 0 and told.out == ""
+    parts = [
+        "nf4 base, 7,520 trained weights, 6 steps",
+        "note: optimizer paged_adamw_8bit needs CUDA",
+        "step 3: eval loss",
+    ]
+    for part in (*parts, "(best)", "step 6/6  loss", "holds the adapter of step 6, eval loss"):
+        assert part in told.err, part
+    assert f"6 steps, into {tmp_path / 'runs' / 'tiny'}\n" in told.err, "lines in a log file are not wrapped"
+    assert adapter_sha256(tmp_path / "runs" / "tiny") == expected
