@@ -127,10 +127,9 @@ def _bitsandbytes_config(
 
 
 def _unquantized_names(source: BaseSource, skip_modules: list[str], trust_remote_code: bool) -> list[str]:
-    """Full names of what stays unquantized: the head, and every layer that is or lies in one of `skip_modules`."""
+    """Full names of what stays unquantized with all that lies in it: the head, and what `skip_modules` names."""
     with torch.device("meta"):  # modules without weights
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     names = [name for name, _ in model.named_modules() if f".{name}".endswith(tuple(f".{n}" for n in skip_modules))]
-    inner = [f"{name}.{child}" for name in names for child, _ in model.get_submodule(name).named_modules() if child]
-    return [*get_keys_to_not_convert(model), *names, *inner]
+    return [*get_keys_to_not_convert(model), *names]

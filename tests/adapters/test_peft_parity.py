@@ -206,4 +206,5 @@ def test_a_merged_model_keeps_the_delta_of_a_tied_head(tmp_path):
     wanted = logits(model)
     merge_adapter(model)
     model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), wanted, rtol=0, atol=1e-5)

@@ -114,6 +114,23 @@ def test_pickled_weights_are_refused(folder):
         find_base(str(folder))
 
 
+def test_a_pickle_beside_other_safetensors_is_never_read(folder, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"model.norm.weight": Bomb()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*no file named model\.safetensors"):
+        load_base(find_base(str(folder)), "none")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_to_quantize_is_said(folder):
+    with pytest.raises(ModelError, match=r"has no linear layer to quantize. Set base\.quant=none"):
+        load_base(find_base(str(folder)), "nf4", skip_modules=["layers"])
+
+
 def test_remote_code_is_refused_and_never_run(folder, tmp_path):
     change_config(folder, model_type="homemade", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\nclass M: pass\n")

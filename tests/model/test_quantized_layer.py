@@ -135,6 +135,21 @@ def test_the_input_gets_a_gradient_also_after_an_evaluation(model):
     torch.testing.assert_close(x.grad, layer.dequantize(torch.float32).sum(0).expand(4, -1))
 
 
+def test_gradient_checkpointing_gives_the_same_bits(model):
+    wanted = train_step(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = train_step(model)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("double,statistics", [(True, 128 + 4 * (1 + 256 + 1)), (False, 4 * 128)])
+def test_stored_bytes_count_codes_and_statistics(double, statistics):
+    layer = QuantizedLinear.from_bitsandbytes(bnb_layer(64, 128, "nf4", double))  # 128 blocks, 16 code values
+    assert layer.stored_bytes() == 64 * 128 // 2 + 4 * 16 + statistics
+    assert "64, 128, quant=nf4" in repr(layer)
+
+
 def test_casting_a_model_spares_the_statistics(model):
     before = fingerprint(model)
     for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.float()):
