@@ -63,8 +63,17 @@ def waits_for(run: RunFolder, moment: str, number: int) -> Callable[[], bool]:
         except FileNotFoundError:
             return []
 
+    def half_written() -> dict[str, int]:
+        found = run.checkpoints.glob(".partial-*/adapter") if run.checkpoints.is_dir() else []
+        return {str(folder): folder.stat().st_mtime_ns for folder in found if folder.exists()}
+
+    left_by_an_earlier_kill = half_written()
+
     def writing() -> bool:
-        return run.checkpoints.is_dir() and any(run.checkpoints.glob(".partial-*/adapter"))
+        try:
+            return bool(half_written().items() - left_by_an_earlier_kill.items())
+        except FileNotFoundError:
+            return False
 
     def evaluating() -> bool:
         found = lines()
