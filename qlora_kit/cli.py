@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qlora_kit.errors import QloraKitError, RunError
-from qlora_kit.options import build_parser
+from qlora_kit.options import parse_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns 0, or 2 wrong input, 3 a bundle past its tolerance, 4 training failed, 130 Ctrl-C."""
-    options = build_parser().parse_args(arguments)
+    options = parse_options(arguments)
     try:
-        return VERBS[options.verb](options) or 0
+        code = VERBS[options.verb](options) or 0
+        sys.stdout.flush()
+        return code
     except QloraKitError as error:
         return _say_error(error, options)
     except BrokenPipeError:  # the reader of our output has left, as `head` does
@@ -90,7 +92,7 @@ def run_train(options: argparse.Namespace) -> None:
     from qlora_kit.train.loop import train
     from qlora_kit.train.progress import make_progress
 
-    train(recipe, run, make_progress(options.mode), resume=bool(options.resume))
+    train(recipe, run, make_progress(options.mode), resume=bool(options.resume), overwrite=options.overwrite)
     from qlora_kit.report import write_report
 
     write_report(run.path)

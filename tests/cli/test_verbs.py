@@ -1,0 +1,148 @@
+"""The verbs as a user types them: help at once, exit codes, output for people and for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import changed_copy, write_recipe
+
+from qlora_kit.cli import VERBS, last_run, main
+from qlora_kit.errors import RunError
+from qlora_kit.options import parse_options
+
+HEAVY = ("torch", "pydantic", "transformers", "numpy", "onnxruntime", "yaml", "rich")
+
+
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)], ids=lambda verb: verb[0] if verb else "all")
+def test_help_imports_nothing_heavy(verb: list[str]) -> None:
+    code = (
+        "import sys, qlora_kit.cli as cli\n"
+        f"try: cli.main({[*verb, '--help']!r})\n"
+        "except SystemExit as end: assert not end.code\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == "[]" and result.stdout.startswith("usage: qlora-kit")
+
+
+def test_every_verb_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"    {verb} " in text for verb in VERBS)
+
+
+def test_overrides_may_stand_after_options() -> None:
+    options = parse_options(["train", "a.yaml", "x.y=1", "--quiet", "train.lr=1e-4", "run.name=b"])
+    assert (options.recipe, options.mode) == ("a.yaml", "quiet")
+    assert options.overrides == ["x.y=1", "train.lr=1e-4", "run.name=b"]
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert main(["doctor", "--json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
+
+
+def test_plan(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(write_recipe(tmp_path, tiny_llama))
+    assert main(["plan", recipe, "--device", "cpu"]) == 0
+    assert "total" in capsys.readouterr().out
+    peaks = []
+    for rank in (4, 64):
+        assert main(["plan", recipe, "--json", f"adapter.rank={rank}"]) == 0
+        peaks.append(json.dumps(json.loads(capsys.readouterr().out)))
+    assert peaks[0] != peaks[1]
+
+
+def test_data_show_is_what_trains(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(write_recipe(tmp_path, tiny_llama))
+    assert main(["data", "show", recipe, "-n", "2", "data.system_prompt=Be kind."]) == 0
+    text = capsys.readouterr().out
+    assert text.count("⟦good<|im_end|>⟧") + text.count("⟦bad<|im_end|>⟧") == 2
+    assert text.count("<|im_start|>system\nBe kind.<|im_end|>") == 2, "the recipe's template, not the tokenizer's own"
+
+
+def test_train_modes(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(write_recipe(tmp_path, tiny_llama, train={"max_steps": 2}))
+    assert main(["train", recipe, "--quiet"]) == 0
+    quiet = capsys.readouterr()
+    assert quiet.out == "" and quiet.err == ""
+    assert main(["train", recipe, "--json", "--overwrite"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["kind"] for event in events if event["kind"] != "eval"] == ["start", "train", "train", "finish"]
+    assert main(["train", recipe, "--json"]) == 2
+    failed = capsys.readouterr()
+    event = json.loads(failed.out)
+    assert (event["kind"], event["error"]) == ("error", "RunError") and event["message"] in failed.err
+
+
+def test_report_is_written_again(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = changed_copy(trained_run, tmp_path / "run")
+    page = run / "report.html"
+    page.unlink()
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(page) and "<html" in page.read_text(encoding="utf-8")
+
+
+def test_the_last_run_is_the_one_that_changed_last(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for age, name in ((300, "a"), (100, "b"), (200, "c")):
+        manifest = changed_copy(trained_run, tmp_path / "runs" / name) / "manifest.json"
+        os.utime(manifest, (10_000 - age, 10_000 - age))
+    assert last_run() == Path("runs/b")
+    assert main(["report"]) == 0
+    assert capsys.readouterr().out.strip() == "runs/b/report.html"
+    with pytest.raises(RunError, match="no run in elsewhere/"):
+        last_run("elsewhere")
+
+
+@pytest.fixture
+def say(exported_run: Path, trained_run: Path, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """What `generate` prints for a run, a bundle or a base."""
+    places = {
+        "run": exported_run,
+        "bundle": exported_run / "bundles" / "fp32",
+        "base": trained_run.parents[1] / "model",
+    }
+
+    def run(place: str, *arguments: str) -> str:
+        capsys.readouterr()
+        assert main(["generate", str(places[place]), *arguments, "--max-new-tokens", "12"]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("place", ["run", "bundle", "base"])
+def test_generate(say, place: str) -> None:  # type: ignore[no-untyped-def]
+    greedy = say(place, "--chat", "an iron bridge 4?")
+    assert greedy.strip() and greedy == say(place, "--chat", "an iron bridge 4?", "--seed", "7")
+    assert say(place, "--prompt", "-- The bridge was") == say(place, "--prompt", "-- The bridge was")
+    hot = ("--chat", "a", "--temperature", "3", "--top-k", "50", "--top-p", "0.99", "--seed")
+    assert say(place, *hot, "1") == say(place, *hot, "1") != say(place, *hot, "2")
+    assert say(place, "--chat", "a", "--system", "Be kind.") is not None
+
+
+@pytest.mark.parametrize("place", ["run", "bundle"])
+def test_a_conversation_remembers(say, place: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a film\nand why?\n\n"))
+    both = say(place, "--chat")
+    first = say(place, "--chat", "a film").strip()
+    assert first in both and len(both) > len(first)
+
+
+def test_a_reader_that_leaves_is_no_error(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    command = f"{sys.executable} -m qlora_kit.cli plan {recipe} --json | true; echo code ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("code 0\n", "")
