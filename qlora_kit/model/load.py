@@ -48,15 +48,30 @@ def load_base(
     Raises:
         ModelError: the folder cannot be read as a causal language model, or weights are missing in it.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"dtype": compute_dtype, "device_map": {"": str(device)}}
+    model = _from_pretrained(source, options, (quant, double_quant), skip_modules, trust_remote_code)
+    replaced = own_quantized_layers(model)
+    if quant != "none" and not replaced:
+        raise ModelError(f"base.model {source.reference} has no linear layer to quantize", fix="Set base.quant=none")
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _from_pretrained(
+    source: BaseSource,
+    options: dict[str, Any],
+    quant: tuple[str, bool],
+    skip_modules: list[str] | None,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """The model as transformers loads it, whole or not at all."""
+    kind, double_quant = quant
     try:
-        if quant != "none":
+        if kind != "none":
             keep = _unquantized_names(source, skip_modules, trust_remote_code) if skip_modules else None
-            options["quantization_config"] = _bitsandbytes_config(quant, double_quant, compute_dtype, keep)
+            options["quantization_config"] = _bitsandbytes_config(kind, double_quant, options["dtype"], keep)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
-            dtype=compute_dtype,
-            device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -74,11 +89,7 @@ def load_base(
         ) from error
     model, info = loaded
     refuse_missing_weights(info, source.reference)
-    replaced = own_quantized_layers(model)
-    if quant != "none" and not replaced:
-        raise ModelError(f"base.model {source.reference} has no linear layer to quantize", fix="Set base.quant=none")
-    model.requires_grad_(False)
-    return model.eval()
+    return model
 
 
 def load_tokenizer(folder: Any, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
