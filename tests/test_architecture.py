@@ -25,7 +25,19 @@ LAYERS = {  # part of qlora_kit: the parts it may import, besides itself and err
     "report": {"train", "recipe", "recipe_file", "eval"},
     "export": {"recipe", "adapters", "model", "data", "train"},
     "eval": {"recipe", "model", "data", "train", "export", "generate"},
-    "cli": {"options", "recipe_file", "doctor", "plan", "data", "model", "train", "eval", "export", "generate", "report"},
+    "cli": {
+        "options",
+        "recipe_file",
+        "doctor",
+        "plan",
+        "data",
+        "model",
+        "train",
+        "eval",
+        "export",
+        "generate",
+        "report",
+    },
 }
 OF_DATA = {"DataSection", "DataSource"}  # all of the recipe that data may see
 RUNTIME_FORBIDS = {"qlora_kit", "torch", "transformers", "accelerate", "bitsandbytes", "datasets"}

@@ -22,7 +22,7 @@ from qlora_kit.data.collate import collate
 from qlora_kit.data.dataset import PreparedData, prepare
 from qlora_kit.data.masking import Encoded
 from qlora_kit.data.template import resolve_template
-from qlora_kit.errors import RunError, TrainingError
+from qlora_kit.errors import DataError, RunError, TrainingError
 from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
 from qlora_kit.model.source import BaseSource, find_base
 from qlora_kit.recipe import AdapterSection, Recipe
@@ -100,6 +100,7 @@ def start_session(recipe: Recipe, run: RunFolder) -> Session:
         data = prepare(recipe.data, tokenizer, recipe.run.seed)
     settings = lora_settings(recipe.adapter)
     model = load_for_training(recipe, source, tokenizer, settings, accelerator.device)
+    _check_rows_fit(recipe, data, model)
     parameters = trainable_parameters(model)
     if not parameters:
         raise TrainingError("nothing is trained", fix="Give adapter.target_modules that the model has")
@@ -163,6 +164,18 @@ def spread(model: PreTrainedModel, accelerator: Accelerator) -> Any:
     buffers = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
     return accelerator.prepare_model(model)
+
+
+def _check_rows_fit(recipe: Recipe, data: PreparedData, model: PreTrainedModel) -> None:
+    """Positions past a model's context are noise to it, or (GPT-2) not there at all."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    lengths = [rows.lengths().max() for rows in (data.train, data.eval) if len(rows)]
+    longest = recipe.data.max_seq_len if recipe.data.streaming else int(max(lengths))
+    if context and longest > context:
+        raise DataError(
+            f"rows of up to {longest} tokens, where the context of {recipe.base.model} holds {context}",
+            fix=f"Set data.max_seq_len={context}",
+        )
 
 
 def prepared_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:

@@ -1,6 +1,6 @@
-"""Wrong recipes, datasets and base models: 60 cases here, through `qlora-kit train`.
+"""Wrong recipes, datasets and base models: 61 cases here, through `qlora-kit train`.
 
-With the 47 in test_bad_runs.py (adapters, checkpoints, bundles, options) 107 go through the command line;
+With the 47 in test_bad_runs.py (adapters, checkpoints, bundles, options) 108 go through the command line;
 tests/recipe, tests/data and tests/adapters hold more at their own level.
 """
 
@@ -154,6 +154,12 @@ def test_model_folders(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[
     refused(["train", str(recipe)], message, tmp_path, capsys)
 
 
+def test_rows_longer_than_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, save_tiny_model(tmp_path / "model", "gpt2"), data={"max_seq_len": 1000})
+    write_rows(tmp_path / "train.jsonl", [{"prompt": "a bridge " * 50, "completion": "good"}] * 4)
+    refused(["train", str(recipe)], r"rows of up to \d{3} tokens.*holds 128.*data\.max_seq_len=128", tmp_path, capsys)
+
+
 @pytest.mark.parametrize(
     "content, message", [(b"GGML", "is not a GGUF file"), (b"GGUF\x03", "cannot be read"), (None, "no such GGUF file")]
 )
@@ -177,4 +183,4 @@ def test_a_corrected_recipe_trains_where_the_wrong_one_failed(recipe: Path, caps
 
 
 def test_this_table_is_as_long_as_it_says() -> None:
-    assert len(RECIPES) + len(DATA) + len(MODELS) + 3 == 60
+    assert len(RECIPES) + len(DATA) + len(MODELS) + 4 == 61

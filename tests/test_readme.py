@@ -1,0 +1,88 @@
+"""The README's commands, recipes and links are ones that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from qlora_runtime.cli import build_parser as build_runtime_parser
+from tiny_models import save_tiny_model
+
+from qlora_kit.cli import main
+from qlora_kit.options import parse_options
+from qlora_kit.recipe_file import load_recipe, parse_recipe, shipped_recipes
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.M | re.S)
+
+
+def commands() -> list[str]:
+    """Lines of ```bash blocks and of indented blocks that are commands, and commands in `code` of the text."""
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"^    ((?:make|qlora-kit|qlora-runtime) .+)$", TEXT, re.M)
+    prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.M | re.S)
+    lines += [" ".join(text.split()) for text in re.findall(r"`((?:make|qlora-kit|qlora-runtime) [^`]+)`", prose)]
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def check_recipe(name: str, overrides: list[str]) -> None:
+    """A recipe that the command names is shipped, or written out in the README, or one of a run."""
+    if name in shipped_recipes():
+        load_recipe(name, overrides)
+    else:
+        assert name.startswith("runs/") or f"`{name}`" in TEXT, f"{name} is neither shipped nor in the README"
+
+
+def test_there_are_commands() -> None:
+    found = {command.split()[0] for command in commands()}
+    assert {"make", "qlora-kit", "qlora-runtime", "pip"} <= found and len(commands()) >= 20
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command: str) -> None:
+    tool, *arguments = shlex.split(command, comments=True)
+    if tool == "make":
+        assert arguments and set(arguments) - {a for a in arguments if "=" in a} <= MAKE_TARGETS
+    elif tool == "qlora-kit":
+        options = parse_options(arguments)
+        if getattr(options, "recipe", None):
+            check_recipe(options.recipe, options.overrides)
+    elif tool == "qlora-runtime":
+        build_runtime_parser().parse_args(arguments)
+    elif tool == "pip":
+        places = [argument.split("[")[0] for argument in arguments[1:] if not argument.startswith("-")]
+        assert places and all((ROOT / place / "pyproject.toml").is_file() for place in places)
+    else:
+        assert tool in {"cd", "git", "python", "source"}, f"nothing checks {tool}"
+
+
+def test_the_recipe_in_the_readme_trains_on_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(blocks("json")[0], encoding="utf-8")
+    (tmp_path / "my.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
+    model = save_tiny_model(tmp_path / "model")
+    assert main(["train", "my.yaml", "--quiet", f"base.model={model}", "eval.max_new_tokens=4"]) == 0
+    assert (tmp_path / "runs" / "first" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_fields_in_the_text_are_fields_of_the_recipe() -> None:
+    base = {"run": {"name": "a"}, "base": {"model": "b"}, "data": {"train": "c"}, "train": {"max_steps": 10}}
+    found = re.findall(r"`((?:run|base|adapter|data|train|eval|export)\.\w+)[:=] ?([^`]+)`", TEXT)
+    assert len(found) >= 5
+    for field, value in found:
+        section, key = field.split(".")
+        tree = base | {section: {**base.get(section, {}), key: yaml.safe_load(value)}}
+        parse_recipe(tree, f"README.md: {field}")
+
+
+def test_links_lead_to_files() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
