@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tiny_runs import tiny_recipe, train_here
+
+from qlora_kit.train.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +29,9 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "qwen2", arch="qwen2", tie=False)
+
+
+@pytest.fixture()
+def run(tmp_path: Path, tiny_llama: Path) -> RunFolder:
+    """A run of 2 steps, finished."""
+    return train_here(tiny_recipe(tmp_path, tiny_llama, train={"max_steps": 2, "eval_every": 1, "save_every": 1}))

@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from damages import DAMAGES, flip
 from tiny_runs import (
-    RISING,
     ForkedCli,
     adapter_sha256,
-    resume_here,
     tiny_recipe,
     tiny_tree,
     train_here,
-    write_gibberish,
     write_recipe,
 )
 
@@ -66,41 +64,6 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(found.optimizer_tensors[key], value) for key, value in TENSORS.items())
     assert (found.adapter / "adapter_config.json").is_file()
     assert names(tmp_path) == ["step-000050"]
-
-
-def flip(folder: Path) -> None:
-    file = folder / "adapter" / "adapter_model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def tear(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-20])
-
-
-def foreign(folder: Path) -> None:
-    """Whole by its hashes, and of a format that is not known."""
-    from qlora_kit.model.source import sha256_file
-
-    state = folder / "state.json"
-    state.write_text(state.read_text().replace("qlora-checkpoint/1", "qlora-checkpoint/9"))
-    hashes = json.loads((folder / "hashes.json").read_text())
-    (folder / "hashes.json").write_text(json.dumps({**hashes, "state.json": sha256_file(state)}))
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "flipped bit": (flip, "adapter/adapter_model.safetensors is not what was written"),
-    "missing weights": (lambda f: (f / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
-    "missing adapter": (lambda f: shutil.rmtree(f / "adapter"), "adapter/adapter_config.json is missing"),
-    "torn state": (tear("state.json"), "state.json is not what was written"),
-    "torn hashes": (tear("hashes.json"), "hashes.json is missing or torn"),
-    "no hashes": (lambda f: (f / "hashes.json").unlink(), "hashes.json is missing or torn"),
-    "empty hashes": (lambda f: (f / "hashes.json").write_text("{}"), "hashes.json is missing or torn"),
-    "hashes of another kind": (lambda f: (f / "hashes.json").write_text("[1]"), "hashes.json is missing or torn"),
-    "foreign format": (foreign, "format (got 'qlora-checkpoint/9'). Allowed: qlora-checkpoint/1"),
-    "emptied": (lambda f: [shutil.rmtree(f), f.mkdir()], "hashes.json is missing or torn"),
-}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -208,50 +171,3 @@ def test_a_file_size_limit_in_a_run_is_told_and_healed(tmp_path: Path, tiny_llam
     assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
     assert ForkedCli(tmp_path / "out", "train", "--resume", run, "--quiet").wait() == 0
     assert adapter_sha256(run) == adapter_sha256(whole.path)
-
-
-@pytest.mark.parametrize("damage", ["flipped bit", "torn hashes", "foreign format"])
-def test_a_run_goes_on_from_the_checkpoint_before_and_says_so(tmp_path: Path, tiny_llama: Path, damage: str) -> None:
-    recipe = tiny_recipe(tmp_path, tiny_llama, train={"eval_every": None, "keep_checkpoints": 2})
-    run = train_here(recipe)
-    expected, evaluation = adapter_sha256(run.path), [r for r in run.metrics() if r["kind"] == "eval"]
-    DAMAGES[damage][0](run.checkpoints / "step-000006")
-    shutil.rmtree(run.adapter)
-    process = ForkedCli(tmp_path / "out", "train", "--resume", run.path)
-    assert process.wait() == 0
-    assert "resumed at step 4" in process.err and "resumed from step 4: " in process.err
-    assert any("step-000006" in note for note in run.manifest()["notes"])
-    assert run.manifest()["resumes"] == [4]
-    assert adapter_sha256(run.path) == expected
-    assert [r for r in run.metrics() if r["kind"] == "eval"] == evaluation
-    assert names(run.checkpoints) == ["damaged-step-000006", "step-000004", "step-000006"]
-
-
-def test_a_damaged_newest_checkpoint_never_pushes_out_a_whole_one(tmp_path: Path, tiny_llama: Path) -> None:
-    """One is kept. Were the damaged one counted as the newest, the next save would leave nothing else."""
-    every = {"eval_every": None, "save_every": 2}
-    run = train_here(tiny_recipe(tmp_path, tiny_llama, train={**every, "keep_checkpoints": 4}))
-    flip(run.checkpoints / "step-000006")
-    shutil.rmtree(run.checkpoints / "step-000004")
-    shutil.rmtree(run.adapter)
-    save_at_4_then_die = ForkedCli(
-        tmp_path / "out", "train", "--resume", run.path, "--quiet", "train.keep_checkpoints=1", die_at=40
-    )
-    assert save_at_4_then_die.wait() == -9
-    found, damaged = newest_checkpoint(run.checkpoints)
-    assert found is not None and found.state.step in (2, 4) and damaged == []
-
-
-def test_a_damaged_best_checkpoint_is_never_published(tmp_path: Path, tiny_llama: Path) -> None:
-    write_gibberish(tmp_path / "eval.jsonl")
-    run = train_here(tiny_recipe(tmp_path, tiny_llama, train=RISING))
-    best = run.manifest()["results"]["best_step"]
-    assert best < 8, "the test needs a best step before the last"
-    flip(run.checkpoints / f"step-{best:06d}")
-    shutil.rmtree(run.adapter)
-    resume_here(run)
-    manifest = run.manifest()
-    assert manifest["adapter"]["step"] == 8
-    assert any("the best checkpoint cannot be published, step 8 is" in note for note in manifest["notes"])
-    last = run.checkpoints / "step-000008" / "adapter" / "adapter_model.safetensors"
-    assert last.read_bytes() == (run.adapter / last.name).read_bytes()

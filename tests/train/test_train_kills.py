@@ -90,6 +90,7 @@ def kill_when(process: ForkedCli, come: Callable[[], bool], delay_s: float) -> b
             time.sleep(delay_s)
             process.kill()
             return process.process.exitcode == -signal.SIGKILL
+        time.sleep(0.0005)
     return False
 
 
@@ -119,7 +120,7 @@ def test_killed_at_random_moments_and_resumed_ends_in_the_same_bytes(
     assert adapter_sha256(tmp_path / "runs" / "again") == adapter_sha256(whole.path), "without any kill"
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", range(2))
 def test_a_kill_at_any_file_operation_heals(tmp_path: Path, tiny_llama: Path, part: int) -> None:
     """Dies at its n-th open, rename or removal in the run folder: begin, checkpoints, pruning, publishing, samples."""
     tree = tiny_tree(

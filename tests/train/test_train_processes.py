@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def test_killed_together_and_resumed_they_end_in_the_same_bytes(tmp_path: Path, 
     run = RunFolder(tmp_path / "runs" / "tiny")
     while len(run.metrics()) < 4:
         assert processes[0].alive(), processes[0].err
+        time.sleep(0.001)
     for process in processes:
         process.kill()
     alone = ForkedCli(tmp_path / "out", "train", "--resume", run.path, "--quiet")
@@ -102,6 +104,7 @@ def test_a_signal_to_one_of_them_stops_both_at_the_same_step(tmp_path: Path, tin
     run = RunFolder(tmp_path / "runs" / "tiny")
     while len(run.metrics()) < 2:
         assert processes[0].alive(), processes[0].err
+        time.sleep(0.001)
     os.kill(processes[1].pid, signal.SIGTERM)
     assert wait_for_all(processes) == [130, 130]
     assert run.manifest()["status"] == "interrupted"

@@ -20,6 +20,7 @@ from qlora_kit.train.signals import stop_signals
 def wait_until(come: Callable[[], bool], process: ForkedCli) -> None:
     while not come():
         assert process.alive(), process.err
+        time.sleep(0.001)
 
 
 @pytest.fixture()

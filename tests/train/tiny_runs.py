@@ -8,8 +8,8 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,19 +100,15 @@ def write_recipe(folder: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
-def start_cli(*arguments: Any, prefix: list[str] | None = None, **options: Any) -> subprocess.Popen[str]:
-    """`qlora-kit ARGUMENTS` in a process of its own, in a process group of its own."""
-    command = [*(prefix or [sys.executable]), "-m", "qlora_kit.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-def run_cli(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    process = start_cli(*arguments, **options)
-    out, err = process.communicate(timeout=240)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+def unfinish(run: RunFolder) -> None:
+    """As if the run had been killed while it wrote its adapter."""
+    shutil.rmtree(run.adapter)
+    run.update_manifest(status="running")
 
 
 def adapter_sha256(run: Path) -> str:
@@ -189,10 +185,7 @@ def _cli_child(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, file_limit_bytes))
     from qlora_kit.cli import main
 
-    code = main(words)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.exit(main(words))
 
 
 def _die_at_file_event(number: int) -> None:
