@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.data.dataset import prepare
+from qlora_kit.data.dataset import PreparedData, prepare
 from qlora_kit.data.masking import IGNORED, Encoded
 from qlora_kit.data.template import stop_token_ids
 from qlora_kit.errors import ExportError, RunError
 from qlora_kit.export.bundle import make_bundle
 from qlora_kit.export.merge import LayerDelta, merge_adapter, save_merged
 from qlora_kit.export.reference import ReferenceRow, answer
+from qlora_kit.export.smoothing import smooth
 from qlora_kit.export.verify import PROFILES, Distances
 from qlora_kit.model.load import to_reference
 from qlora_kit.model.quantized import expanded
@@ -25,6 +28,7 @@ from qlora_kit.train.restore import load_run_tokenizer, load_tuned
 from qlora_kit.train.run_folder import RunFolder, write_json
 
 EXPORT_TOOLS = ("onnx", "onnxruntime", "onnxruntime-genai", "qlora-runtime")
+CALIBRATION_ROWS = 16
 
 
 def export_run(run: RunFolder, console: Console, profiles: list[str] | None = None) -> dict[str, Distances]:
@@ -41,17 +45,23 @@ def export_run(run: RunFolder, console: Console, profiles: list[str] | None = No
             raise ExportError("no such profile", got=name, allowed=", ".join(PROFILES))
     with run.lock():
         sources = _provenance(run)
-        rows = _merge(run, recipe, tokenizer, console)
+        folders, rows = _merge(run, recipe, tokenizer, names, console)
         made: dict[str, Distances] = {}
         failures: list[ExportError] = []
         for name in names:
             try:
                 made[name] = make_bundle(
-                    run.merged, run.bundles / name, PROFILES[name], rows, tools=tool_versions(EXPORT_TOOLS), **sources
+                    folders[name],
+                    run.bundles / name,
+                    PROFILES[name],
+                    rows,
+                    tools=tool_versions(EXPORT_TOOLS),
+                    **sources,
                 )
                 console.print(_summary(run, name, made[name]), highlight=False)
             except ExportError as error:
                 failures.append(error)
+        shutil.rmtree(_smoothed_folder(run), ignore_errors=True)
         if not recipe.export.merged and not failures:
             shutil.rmtree(run.merged)
     for other in failures[1:]:
@@ -76,22 +86,42 @@ def _provenance(run: RunFolder) -> dict[str, Any]:
     return {"base": manifest["base"], "adapter": manifest["adapter"]}
 
 
-def _merge(run: RunFolder, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> list[ReferenceRow]:
-    """Writes RUN/merged and RUN/merge.json. Returns what the trained model answered before it was merged."""
+def _merge(
+    run: RunFolder, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, names: list[str], console: Console
+) -> tuple[dict[str, Path], list[ReferenceRow]]:
+    """Writes RUN/merged and RUN/merge.json.
+
+    Returns: the folder that each profile is built from, and what the trained model answered before it was merged.
+    """
     model = to_reference(load_tuned(run))
     _set_end_tokens(model, tokenizer)
-    rows = reference_rows(model, recipe, tokenizer)
+    data = prepare(recipe.data, tokenizer, recipe.run.seed)
+    rows = reference_rows(model, data.eval, recipe.export.verify_prompts)
     deltas = merge_adapter(model)
     save_merged(model, tokenizer, run.merged)
     write_json(run.path / "merge.json", _merge_report(deltas))
     console.print(f"merged {len(deltas)} layers in fp32 into {run.merged}", highlight=False)
-    return rows
+    folders = dict.fromkeys(names, run.merged)
+    if "int8" in names and smooth(model, _calibration_rows(data)):
+        save_merged(model, tokenizer, _smoothed_folder(run))
+        folders["int8"] = _smoothed_folder(run)
+    return folders, rows
 
 
-def reference_rows(model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[ReferenceRow]:
+def _smoothed_folder(run: RunFolder) -> Path:
+    """The merged model in the form that rounds best to 8 bit; there only while exporting."""
+    return run.path / ".partial-smoothed"
+
+
+def _calibration_rows(data: PreparedData) -> list[list[int]]:
+    """Rows to measure ranges on: of the training data, never those that prove the bundle. A stream has none."""
+    count = min(CALIBRATION_ROWS, len(data.train))
+    return [data.train[k * len(data.train) // count].input_ids.tolist() for k in range(count)]
+
+
+def reference_rows(model: PreTrainedModel, held_out: Sequence[Encoded], prompts: int) -> list[ReferenceRow]:
     """The trained model's own answers to the held-out rows on which bundles are proven, short and long ones."""
-    held_out = prepare(recipe.data, tokenizer, recipe.run.seed).eval
-    count = min(recipe.export.verify_prompts, len(held_out))
+    count = min(prompts, len(held_out))
     order = sorted(range(len(held_out)), key=lambda place: len(held_out[place].input_ids))
     chosen = [held_out[order[k * (len(order) - 1) // max(1, count - 1)]] for k in range(count)]
     with expanded(model, model.dtype):
