@@ -8,6 +8,7 @@ Same rows, same order, same steps; only base.quant differs. Writes benchmarks/nf
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _report(options: argparse.Namespace, zero_shot: dict[str, float], losses: di
         "eval_rows": options.eval_rows,
         "zero_shot_loss": zero_shot,
         "final_loss": losses,
-        "final_percent": vars(percent) if hasattr(percent, "__dict__") else list(percent),
+        "final_percent": asdict(percent),
         "gap_closed": closed,
         **env,
     }
