@@ -28,7 +28,9 @@ from qlora_kit.train.loop import LOWEST_LOSS_SCALE, train_step
 from qlora_kit.train.loss import row_losses
 from qlora_kit.train.optim import lr_at
 from qlora_kit.train.restore import load_run_tokenizer, load_tuned
+from qlora_kit.train.resume import begin, resume_from_checkpoint
 from qlora_kit.train.run_folder import RunFolder
+from qlora_kit.train.saving import save
 from qlora_kit.train.session import Session, start_session
 
 
@@ -93,6 +95,22 @@ def test_an_fp16_overflow_skips_the_step_halves_the_scale_and_goes_on(tmp_path: 
     done = train_step(session, 2)
     assert not done.skipped and done.loss_scale == 1024.0
     assert any(not torch.equal(value, before[name]) for name, value in weights(session).items())
+
+
+def test_a_resume_goes_on_with_the_loss_scale_that_was_found(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = tiny_recipe(tmp_path, tiny_llama, base={"compute_dtype": "fp16"})
+    run = RunFolder.create(recipe)
+    run.path.mkdir(parents=True)
+    session = start_session(recipe, run)
+    session.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    state = begin(session, overwrite=False)
+    train_step(session, 1)
+    state.step = 1
+    save(session, state)
+    resumed = start_session(recipe, run)
+    assert resume_from_checkpoint(resumed).step == 1
+    assert resumed.scaler.state_dict() == session.scaler.state_dict()
+    assert resumed.scaler.get_scale() == 2.0**59
 
 
 def test_gradients_that_overflow_at_any_scale_stop_the_run(tmp_path: Path, tiny_llama: Path) -> None:

@@ -25,7 +25,7 @@ from tiny_runs import (
 from qlora_kit.train.checkpoint import checkpoint_folders
 from qlora_kit.train.run_folder import RunFolder
 
-LONG = {"max_steps": 14, "eval_every": 3, "save_every": 2, "early_stopping_patience": 9}
+LONG = {"max_steps": 20, "eval_every": 3, "save_every": 2, "early_stopping_patience": 9}
 FORMS: dict[str, dict[str, Any]] = {
     "bf16, kept bits": {"base": {"compute_dtype": "bf16"}, "adapter": {"dtype": "bf16"}},
     "fp32": {"base": {"compute_dtype": "fp32"}, "adapter": {"dtype": "fp32"}},
@@ -98,25 +98,24 @@ def kill_when(process: ForkedCli, come: Callable[[], bool], delay_s: float) -> b
 def test_killed_at_random_moments_and_resumed_ends_in_the_same_bytes(
     tmp_path: Path, tiny_llama: Path, form: str
 ) -> None:
-    whole = RunFolder(tmp_path / "runs" / "whole")
-    assert ForkedCli(tmp_path / "out", "train", recipe_file(tmp_path, tiny_llama, "whole", form), "--quiet").wait() == 0
-    again = ForkedCli(tmp_path / "out2", "train", recipe_file(tmp_path, tiny_llama, "again", form), "--quiet")
+    recipes = [recipe_file(tmp_path, tiny_llama, name, form) for name in ("whole", "again", "killed")]
+    whole, _, run = (RunFolder(tmp_path / "runs" / path.stem) for path in recipes)
+    others = [ForkedCli(tmp_path / path.stem, "train", path, "--quiet") for path in recipes[:2]]
     choose = random.Random(form)
-    run = RunFolder(tmp_path / "runs" / "killed")
-    arguments: list[Any] = [recipe_file(tmp_path, tiny_llama, "killed", form)]
+    arguments: list[Any] = [recipes[2]]
     moments = ["lines", "writing", "evaluating", "lines", "writing"]
     kills = 0
     for k, moment in enumerate(moments):
         process = ForkedCli(tmp_path / "out", "train", *arguments, "--quiet")
-        come = waits_for(run, moment, len(run.metrics()) + 1 + choose.randrange(2))
+        come = waits_for(run, moment, len(run.metrics()) + 2 + choose.randrange(2))
         kills += kill_when(process, come, choose.random() * 0.02)
         arguments = ["--resume", run.path] if run.recipe_file.exists() else arguments
         assert kills == k + 1, f"{moment}: ended before it could be killed: {process.err}"
-    last = ForkedCli(tmp_path / "out", "train", *arguments, "--quiet")
-    assert last.wait() == 0, last.err
+    for process in (*others, ForkedCli(tmp_path / "out", "train", *arguments, "--quiet")):
+        assert process.wait() == 0, process.err
     assert adapter_sha256(run.path) == adapter_sha256(whole.path)
     assert bookkeeping(run) == bookkeeping(whole)
-    assert again.wait() == 0
+    assert len(set(run.manifest()["resumes"])) >= 2, "checkpoints were gone on from, not only the start"
     assert adapter_sha256(tmp_path / "runs" / "again") == adapter_sha256(whole.path), "without any kill"
 
 
@@ -150,18 +149,19 @@ def test_a_kill_at_any_file_operation_heals(tmp_path: Path, tiny_llama: Path, pa
 
 
 def test_ten_kills_in_a_row_at_file_operations(tmp_path: Path, tiny_llama: Path) -> None:
-    """Every resume is killed again, each a little later: what one leaves behind is no trap for the next."""
-    whole = train_here(tiny_recipe(tmp_path, tiny_llama))
-    tree = tiny_tree(tmp_path, tiny_llama, run={"name": "killed"})
+    """Every resume is killed again, before or after its next checkpoint: what one leaves is no trap for the next."""
+    whole = train_here(tiny_recipe(tmp_path, tiny_llama, train={"max_steps": 12}))
+    tree = tiny_tree(tmp_path, tiny_llama, run={"name": "killed"}, train={"max_steps": 12})
     run = RunFolder(tmp_path / "runs" / "killed")
     arguments: list[Any] = [write_recipe(tmp_path, tree)]
-    for event in (30, 48, 8, 20, 3, 45, 14, 47, 30, 46):
+    for event in (60, 20, 55, 35, 62, 45, 58, 8, 60, 50):
         process = ForkedCli(tmp_path / "out", "train", *arguments, "--quiet", die_at=event)
         assert process.wait() == -signal.SIGKILL, process.err
         arguments = ["--resume", run.path]
     assert ForkedCli(tmp_path / "out", "train", *arguments, "--quiet").wait() == 0
     assert adapter_sha256(run.path) == adapter_sha256(whole.path)
     assert bookkeeping(run) == bookkeeping(whole)
+    assert len(set(run.manifest()["resumes"])) >= 4, "checkpoints were gone on from, not only the start"
 
 
 def test_wall_time_adds_up_over_resumes(tmp_path: Path, tiny_llama: Path) -> None:
