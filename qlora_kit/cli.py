@@ -92,7 +92,7 @@ def run_train(options: argparse.Namespace) -> None:
     from qlora_kit.train.loop import train
     from qlora_kit.train.progress import make_progress
 
-    train(recipe, run, make_progress(options.mode), resume=bool(options.resume), overwrite=options.overwrite)
+    train(recipe, run, make_progress(options.mode), resume=bool(options.resume))
     from qlora_kit.report import write_report
 
     write_report(run.path)

@@ -46,7 +46,7 @@ class StepStats:
     """fp16 gradients overflowed: no weight was changed, and the loss scale is halved."""
 
 
-def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = False, overwrite: bool = False) -> None:
+def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = False) -> None:
     """Trains the recipe's adapter in `run`, from the start or from the newest whole checkpoint.
 
     Everything is loaded before the first file is written: a recipe that cannot start leaves the folder as it was.
@@ -56,7 +56,7 @@ def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = Fal
     """
     with run.lock():
         if not resume:
-            run.check_new(overwrite)
+            run.check_new()
         else:
             run.check_same_recipe(recipe)
             if records.is_finished(run):
@@ -64,7 +64,7 @@ def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = Fal
                 return
         session = start_session(recipe, run)
         progress = progress if session.accelerator.is_main_process else QuietProgress()
-        state = resume_from_checkpoint(session) if resume else begin(session, overwrite)
+        state = resume_from_checkpoint(session) if resume else begin(session)
         try:
             progress.start(session, state)
             session.start_trackers()

@@ -12,14 +12,14 @@ from qlora_kit.train.checkpoint import Checkpoint, TrainState, checkpoint_folder
 from qlora_kit.train.session import Session
 
 
-def begin(session: Session, overwrite: bool) -> TrainState:
+def begin(session: Session) -> TrainState:
     """A run at step 0, its recipe, tokenizer and manifest written.
 
     Raises:
         RunError: the folder holds a run that is not to be overwritten, or the disk is full.
     """
     if session.accelerator.is_main_process:
-        session.run.begin(session.recipe, overwrite)
+        session.run.begin(session.recipe)
         session.tokenizer.save_pretrained(session.run.tokenizer)
         session.run.update_manifest(**records.at_start(session))
     return TrainState(
@@ -46,7 +46,8 @@ def resume_from_checkpoint(session: Session) -> TrainState:
                 f"{session.run.checkpoints} holds no checkpoint, and the run had written one at step {written}",
                 fix="Put the folder back, or start again with --overwrite",
             )
-        return begin(session, overwrite=True)
+        session.run.overwrite = True  # the run that is resumed never got to a checkpoint
+        return begin(session)
     state = checkpoint.state
     _check_same_conditions(session, state, checkpoint)
     stored = read_adapter(checkpoint.adapter)

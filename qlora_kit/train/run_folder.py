@@ -63,7 +63,7 @@ class RunFolder:
         self.metrics_file, self.checkpoints = path / "metrics.jsonl", path / "checkpoints"
         self.adapter, self.tokenizer = path / "adapter", path / "tokenizer"
         self.merged, self.bundles = path / "merged", path / "bundles"
-        self.overwrite = False
+        self.overwrite = False  # an existing run here may be lost
 
     @classmethod
     def create(cls, recipe: Recipe, overwrite: bool = False) -> RunFolder:
@@ -77,21 +77,21 @@ class RunFolder:
         run.check_new()
         return run
 
-    def check_new(self, overwrite: bool = False) -> None:
-        """Raises RunError where a run would be lost that nobody has given up, here or in `create`."""
-        if self.recipe_file.exists() and not (overwrite or self.overwrite):
+    def check_new(self) -> None:
+        """Raises RunError where a run would be lost that `create` was not told to overwrite."""
+        if self.recipe_file.exists() and not self.overwrite:
             raise RunError(
                 f"{self.path} holds a run already",
                 fix="Go on with it by --resume, start again by --overwrite, or give another run.name",
             )
 
-    def begin(self, recipe: Recipe, overwrite: bool = False) -> None:
+    def begin(self, recipe: Recipe) -> None:
         """Removes what an earlier run left here (and no file that is not a run's), and writes the recipe.
 
         Raises:
             RunError: the folder holds a run already, or the disk is full.
         """
-        self.check_new(overwrite)
+        self.check_new()
         for name in RUN_FILES:
             entry = self.path / name
             if entry.is_dir():

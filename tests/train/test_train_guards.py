@@ -103,7 +103,7 @@ def test_a_resume_goes_on_with_the_loss_scale_that_was_found(tmp_path: Path, tin
     run.path.mkdir(parents=True)
     session = start_session(recipe, run)
     session.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
-    state = begin(session, overwrite=False)
+    state = begin(session)
     train_step(session, 1)
     state.step = 1
     save(session, state)

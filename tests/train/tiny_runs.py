@@ -86,7 +86,7 @@ def tiny_recipe(folder: Path, model: Path, **changes: dict[str, Any]) -> Recipe:
 def train_here(recipe: Recipe, overwrite: bool = False, progress: Progress | None = None) -> RunFolder:
     """Trains in this process."""
     run = RunFolder.create(recipe, overwrite)
-    train(recipe, run, progress or QuietProgress(), overwrite=overwrite)
+    train(recipe, run, progress or QuietProgress())
     return run
 
 
