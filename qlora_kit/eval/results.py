@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from qlora_kit.atomic import write_atomically
 from qlora_kit.errors import EvalError, RunError
 from qlora_kit.eval.forms import FormResult, PairResult, PerRow
 from qlora_kit.eval.intervals import Interval
@@ -38,7 +38,7 @@ def write_results(run_dir: Path, results: EvalResults) -> Path:
 
     Raises:
         EvalError: a number is not finite and so has no place in JSON.
-        RunError: there is no run folder.
+        RunError: there is no run folder, or the disk is full.
     """
     if not run_dir.is_dir():
         raise RunError(f"no run folder {run_dir}", fix="Train first, or check the path")
@@ -48,15 +48,7 @@ def write_results(run_dir: Path, results: EvalResults) -> Path:
         raise EvalError(f"the results hold a number that is not finite: {error}") from error
     path = run_dir / "eval" / "results.json"
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, text)
     return path
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from qlora_kit.atomic import write_atomically
 from qlora_kit.report.chart import Chart, Point, Series, smooth
 from qlora_kit.report.records import Record, RunRecords, number, read_run
 
@@ -26,12 +26,7 @@ def write_report(run_dir: Path) -> Path:
     """
     html = render_report(read_run(run_dir))
     path = run_dir / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, html)
     return path
 
 

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_kit.atomic import disk_error, sync
 from qlora_kit.errors import CheckpointError
 from qlora_kit.model.source import sha256_file
-from qlora_kit.train.atomic import disk_error, sync
 
 
 @dataclass

@@ -13,10 +13,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from qlora_kit.atomic import disk_error, write_atomically, write_json
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import Recipe
 from qlora_kit.recipe_file import changed_fields, dump_recipe, load_recipe, recipe_to_tree
-from qlora_kit.train.atomic import disk_error, write_atomically, write_json
 
 FORMAT = "qlora-run/1"
 # Fields that a resumed run may change: they move no bit of the adapter, nor which step's adapter is published.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from qlora_kit.atomic import write_json
 from qlora_kit.data.eval_rows import EvalRow, eval_rows
 from qlora_kit.errors import DataError
 from qlora_kit.generate import generate_ids
 from qlora_kit.model.load import DTYPES
 from qlora_kit.model.quantized import expanded
-from qlora_kit.train.atomic import write_json
 from qlora_kit.train.session import Session
 
 

@@ -6,8 +6,8 @@ import os
 import shutil
 
 from qlora_kit.adapters.peft_format import fill_adapter, read_adapter, save_adapter
+from qlora_kit.atomic import disk_error, sync
 from qlora_kit.errors import CheckpointError
-from qlora_kit.train.atomic import disk_error, sync
 from qlora_kit.train.checkpoint import (
     TrainState,
     check_whole,

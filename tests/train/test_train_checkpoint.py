@@ -147,7 +147,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_earlier_checkpoints_whole(small_disk: Path) -> None:
     save(small_disk, 1)
     large = {"w/exp_avg": torch.zeros(300_000)}
-    with pytest.raises(RunError, match=r"the disk is full while writing .*step-000002.* Free some space, then resume"):
+    with pytest.raises(RunError, match=r"the disk is full while writing .*step-000002.* Free some space and try again"):
         save_checkpoint(small_disk, TrainState(step=2), write_adapter, large, {})
     assert names(small_disk) == ["step-000001"]
     assert read_checkpoint(small_disk / "step-000001").state.step == 1

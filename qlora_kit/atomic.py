@@ -48,7 +48,8 @@ def sync(path: Path) -> None:
 def disk_error(path: Path, error: OSError) -> RunError:
     """An OSError of a write, as an error that says what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"the disk is full while writing {path}", fix="Free some space, then resume with --resume")
+        return RunError(f"the disk is full while writing {path}", fix="Free some space and try again (train: --resume)")
     return RunError(
-        f"{path} cannot be written: {error.strerror or error}", fix="Check the folder's permissions, then --resume"
+        f"{path} cannot be written: {error.strerror or error}",
+        fix="Check the folder's permissions and try again (train: --resume)",
     )
