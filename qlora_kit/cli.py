@@ -69,7 +69,7 @@ def run_data(options: argparse.Namespace) -> None:
     from qlora_kit.train.session import prepared_tokenizer
 
     recipe = load_recipe(options.recipe, options.overrides)
-    source = find_base(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
+    source = find_base(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code, weights=False)
     show(recipe.data, prepared_tokenizer(recipe, source.folder), options.rows, Console(), recipe.run.seed)
 
 

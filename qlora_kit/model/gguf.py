@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.weights import first_line, refuse_missing_weights, sha256_file
+from qlora_kit.model.weights import first_line, refuse_missing_weights, sha256_once
 
 CACHE_VERSION = "1"  # raise when the conversion below changes
 READ_ERRORS = (
@@ -42,7 +42,7 @@ def convert_gguf(path: Path, cache: Path) -> Path:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"base.model {path} is not a GGUF file", fix="Download it again")
-    target = cache / "gguf" / f"{sha256_file(path)[:24]}-{CACHE_VERSION}"
+    target = cache / "gguf" / f"{sha256_once(path, cache)[:24]}-{CACHE_VERSION}"
     if (target / "config.json").is_file():
         return target
     try:

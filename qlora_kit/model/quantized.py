@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -175,10 +176,21 @@ def _forget_bitsandbytes(model: Any) -> None:
         model.config.__dict__.pop(mark, None)
 
 
+def _free_bytes(device: torch.device) -> int:
+    """Memory of the device that is free now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 @contextmanager
 def expanded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Keeps every expanded weight for the time of the block: the same bits, without the work at each token."""
+    """Keeps every expanded weight for the time of the block: the same bits, without the work at each token.
+
+    Where they would take more than half of the memory that is free, they are expanded at each use as ever.
+    """
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    needed = sum(layer.in_features * layer.out_features for layer in layers) * dtype.itemsize
+    if layers and needed > _free_bytes(layers[0].codes.device) // 2:
+        layers = []
     before = [layer.kept for layer in layers]
     try:
         for layer in layers:

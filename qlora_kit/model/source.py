@@ -6,12 +6,18 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.gguf import convert_gguf
-from qlora_kit.model.weights import first_line, sha256_file
+from qlora_kit.model.weights import first_line, sha256_file, sha256_once
+
+__all__ = ["BaseSource", "cache_dir", "find_base", "sha256_file"]
+_WEIGHTS = "*.safetensors"
+_OTHERS = ["*.json", "*.jinja", "*.model", "*.txt"]  # config and tokenizer
+_IGNORED = ["consolidated*", "*/*"]  # the same weights again in another form; fnmatch's * crosses "/"
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,14 @@ class BaseSource:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def find_base(model: str, revision: str | None = None, trust_remote_code: bool = False) -> BaseSource:
+def find_base(
+    model: str, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+) -> BaseSource:
     """Finds a base model and makes it a local safetensors folder.
 
     Args:
         model: hub id, folder, or .gguf file (dequantized once to fp32 and cached under `cache_dir()`).
+        weights: False where config and tokenizer do: a hub's weights are then not downloaded, and none are hashed.
 
     Raises:
         ModelError: nothing is there, the folder is incomplete, or it needs remote code that is not allowed.
@@ -55,11 +64,12 @@ def find_base(model: str, revision: str | None = None, trust_remote_code: bool =
     elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
         raise ModelError("base.model names no model", got=model, allowed="a hub id, a folder or a .gguf file")
     else:
-        folder = _download(model, revision)
-    _check_folder(folder, model, trust_remote_code)
-    kept = (".safetensors", ".json", ".jinja", ".model", ".txt")
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(kept))
-    return BaseSource(model, revision, folder, {file.name: sha256_file(file) for file in files})
+        folder = _download(model, revision, weights)
+    _check_config(folder, model, trust_remote_code)
+    if weights:
+        _check_weights(folder, model)
+    files = sorted(file for file in folder.iterdir() if file.is_file() and _kept(file.name, weights))
+    return BaseSource(model, revision, folder, {file.name: sha256_once(file, cache_dir()) for file in files})
 
 
 def cache_dir() -> Path:
@@ -67,7 +77,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("QLORA_KIT_CACHE", "~/.cache/qlora-kit")).expanduser()
 
 
-def _check_folder(folder: Path, model: str, trust_remote_code: bool) -> None:
+def _kept(name: str, weights: bool) -> bool:
+    wanted = [*_OTHERS, _WEIGHTS] if weights else _OTHERS
+    return any(fnmatch(name, one) for one in wanted) and not any(fnmatch(name, one) for one in _IGNORED)
+
+
+def _check_config(folder: Path, model: str, trust_remote_code: bool) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise ModelError(
@@ -79,7 +94,10 @@ def _check_folder(folder: Path, model: str, trust_remote_code: bool) -> None:
             f"base.model {model} needs Python code from its repository",
             fix="Read that code, then set base.trust_remote_code=true",
         )
-    weights = {file.name for file in folder.glob("*.safetensors")}
+
+
+def _check_weights(folder: Path, model: str) -> None:
+    weights = {file.name for file in folder.glob(_WEIGHTS) if _kept(file.name, weights=True)}
     if not weights:
         pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         found = f"only {pickled[0].name}, which is a pickle and could run code" if pickled else "no weights"
@@ -114,14 +132,17 @@ def _known(model_type: object) -> bool:
     return model_type in CONFIG_MAPPING_NAMES
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of the client that it was built on
 
     try:
         return Path(
             snapshot_download(
-                model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+                model,
+                revision=revision,
+                allow_patterns=[*_OTHERS, _WEIGHTS] if weights else _OTHERS,
+                ignore_patterns=_IGNORED,
             )
         )
     except (HFValidationError, HTTPError, OSError) as error:
