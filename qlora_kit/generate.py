@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from qlora_kit.data.template import render_chat, stop_token_ids
 from qlora_kit.errors import ModelError
@@ -38,17 +40,29 @@ def generate_ids(
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     ids = torch.tensor([prompt_ids], device=model.device)
     generate: Any = model.generate
-    output = generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_token_ids(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=streamer,
-        use_cache=True,
-        **sampling,
-    )
+    with _plain_generation(model):
+        output = generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stop_token_ids(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
+            use_cache=True,
+            **sampling,
+        )
     return output[0, len(prompt_ids) :].tolist()
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Without the defaults that a model ships (penalties, lengths), so that greedy is greedy in every form of it."""
+    shipped = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -75,6 +75,8 @@ def _feeds(norm: Any, layers: list[Any]) -> bool:
     """Whether the layers are linear and the norm's output is proportional to its weight (Gemma's is not: 1 + w)."""
     if not all(isinstance(layer, nn.Linear) for layer in layers):
         return False
+    if not isinstance(getattr(norm, "weight", None), Tensor):  # OLMo's norm has none
+        return False
     weight = norm.weight.data
     probe = torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype, device=weight.device)
     before = norm(probe)

@@ -200,9 +200,10 @@ def _finish(session: Session, state: TrainState, progress: Progress) -> None:
     known = state.best_loss if step == state.best_step and session.recipe.train.eval_batches is None else None
     loss = evaluate_loss(session)[0] if known is None else known
     if session.accelerator.is_main_process:
+        session.run.update_manifest(adapter=records.published(session.run, step))  # from here on it can be exported
         write_samples(session)
         state.elapsed_s += session.lap()
-        session.run.update_manifest(**records.at_end(session, state, step, loss))
+        session.run.update_manifest(**records.at_end(session, state, loss))
         progress.finish(session.run.adapter, step, loss)
     session.accelerator.wait_for_everyone()
 

@@ -89,13 +89,17 @@ def at_start(session: Session) -> dict[str, Any]:
     }
 
 
-def at_end(session: Session, state: TrainState, adapter_step: int, eval_loss: float | None) -> dict[str, Any]:
+def published(run: RunFolder, step: int) -> dict[str, Any]:
+    """The manifest's entry for RUN/adapter, the adapter of step `step`."""
+    return {"step": step, "sha256": sha256_file(run.adapter / "adapter_model.safetensors")}
+
+
+def at_end(session: Session, state: TrainState, eval_loss: float | None) -> dict[str, Any]:
     """The manifest fields of a run that is done."""
     results = session.run.manifest().get("results", {})
     return {
         "status": "finished",
         "step": state.step,
-        "adapter": {"step": adapter_step, "sha256": sha256_file(session.run.adapter / "adapter_model.safetensors")},
         "results": {
             **results,
             "best_step": state.best_step,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from qlora_kit.atomic import write_json
 from qlora_kit.data.eval_rows import EvalRow, eval_rows
 from qlora_kit.errors import DataError
@@ -22,9 +24,14 @@ def write_samples(session: Session) -> None:
         session.run.note(f"no samples: {error}")
         return
     session.plain.eval()
-    with expanded(session.plain, DTYPES[recipe.base.compute_dtype]):
-        samples = [_sample(session, row) for row in rows]
-    session.plain.train()
+    try:
+        with expanded(session.plain, DTYPES[recipe.base.compute_dtype]):
+            samples = [_sample(session, row) for row in rows]
+    except torch.OutOfMemoryError:  # the run is done: its report is no reason to lose it
+        session.run.note("no samples: too little memory to generate")
+        return
+    finally:
+        session.plain.train()
     write_json(session.run.path / "samples.json", samples)
 
 

@@ -206,3 +206,16 @@ def test_metrics_hold_the_schedule_with_its_warm_up_and_each_row_once(tmp_path: 
     assert [record["step"] for record in steps] == [2, 4, 6, 8, 10, 12, 14, 15], "every second, and the last"
     assert [record["lr"] for record in steps] == [lr_at(r["step"], 1e-2, "linear", 3, 15) for r in steps]
     assert all(0 < r["loss_tokens"] < r["tokens"] and r["tokens_per_s"] > 0 and r["rss_bytes"] > 0 for r in steps)
+
+
+def test_too_little_memory_for_samples_does_not_lose_the_run(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> list[int]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("qlora_kit.train.samples.generate_ids", no_memory)
+    run = train_here(tiny_recipe(tmp_path, tiny_llama, eval={"samples": 2}))
+    manifest = run.manifest()
+    assert manifest["status"] == "finished" and manifest["adapter"]["sha256"]
+    assert "no samples: too little memory to generate" in manifest["notes"]
