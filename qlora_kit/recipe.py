@@ -167,8 +167,8 @@ class TrainSection(Section):
     """Optimizer steps between evaluations; only at the end when left out."""
     eval_batches: Positive | None = None
     """Batches of one evaluation; all when left out."""
-    save_every: Positive | None = None
-    """Optimizer steps between checkpoints; only at the end when left out."""
+    save_every: Positive | None = 100
+    """Optimizer steps between checkpoints, from which a run that was stopped goes on; null: only at the end."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept; the best one is kept beside them."""
     early_stopping_patience: Positive | None = None
