@@ -41,11 +41,15 @@ class TrainState:
     step_s: float = 0.0
     """Time in training steps alone."""
     peak_rss_bytes: int = 0
+    peak_gpu_bytes: int = 0
     grad_scaler: dict[str, Any] = field(default_factory=dict)
+    """The loss scale; empty unless base.compute_dtype is fp16."""
     micro_batch_size: int = 1
     grad_accum_steps: int = 1
     threads: int = 1
     processes: int = 1
+    device: str = ""
+    """Type of device, cpu or cuda; empty in checkpoints from before it was written."""
     data_sha256: str = ""
     base_sha256: str = ""
 

@@ -7,7 +7,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from qlora_kit.recipe import Recipe
 from qlora_kit.train import records
 from qlora_kit.train.checkpoint import TrainState
 from qlora_kit.train.determinism import seed_for
+from qlora_kit.train.failures import not_finite, out_of_memory
 from qlora_kit.train.loss import count_loss_tokens, row_losses, token_losses
 from qlora_kit.train.optim import clip_gradients, lr_at
 from qlora_kit.train.progress import Progress, QuietProgress
@@ -69,22 +70,29 @@ def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = Fal
             progress.start(session, state)
             session.start_trackers()
             with stop_signals() as signals:
-                while state.step < session.total_steps and not state.stopped_early:
-                    stats = train_step(session, state.step + 1)
-                    _after_step(session, state, stats, progress)
-                    if state.step < session.total_steps and _stop_wanted(session, signals):
-                        raise _interrupted(session, state)
+                _all_steps(session, state, progress, signals)
                 signals.at_once = True  # all steps are done: what follows can be done again
                 _finish(session, state, progress)
         except KeyboardInterrupt:
             _leave(session, state, "interrupted")
             raise Interrupted("stopped at once", fix=run.how_to_resume()) from None
+        except torch.OutOfMemoryError as error:
+            _leave(session, state, "failed")
+            raise out_of_memory(session, state.step) from error
         except BaseException as error:
             _leave(session, state, "interrupted" if isinstance(error, Interrupted) else "failed")
             raise
         finally:
             progress.stop()
             session.accelerator.end_training()
+
+
+def _all_steps(session: Session, state: TrainState, progress: Progress, signals: StopSignals) -> None:
+    while state.step < session.total_steps and not state.stopped_early:
+        stats = train_step(session, state.step + 1)
+        _after_step(session, state, stats, progress)
+        if state.step < session.total_steps and _stop_wanted(session, signals):
+            raise _interrupted(session, state)
 
 
 def train_step(session: Session, step: int) -> StepStats:
@@ -95,22 +103,23 @@ def train_step(session: Session, step: int) -> StepStats:
     """
     started = time.perf_counter()
     train, optimizer, scaler = session.recipe.train, session.optimizer, session.scaler
+    parameters = list(optimizer.parameters.values())
     micro_batches = [session.batches.next_micro_batch() for _ in range(train.grad_accum_steps)]
     batches = [session.collate(rows) for rows in micro_batches]
     tokens, loss_tokens = _count_tokens(session, batches)
     loss = _forward_backward(session, step, batches, loss_tokens)
 
-    scale = scaler.get_scale() if scaler.is_enabled() else None
-    stepped = cast(torch.optim.Optimizer, optimizer)  # all that the scaler asks of it is param_groups and step()
-    scaler.unscale_(stepped)
-    norm = clip_gradients(list(optimizer.parameters.values()), train.max_grad_norm)
+    scale = scaler.factor
+    scaler.unscale(parameters)
+    norm = clip_gradients(parameters, train.max_grad_norm)
     overflow = not math.isfinite(norm)
     if not math.isfinite(loss) or (overflow and (scale is None or scale < LOWEST_LOSS_SCALE)):
-        raise _not_finite(session, step, loss, norm, micro_batches)
+        raise not_finite(session, step, loss, norm, micro_batches)
     lr = lr_at(step, train.lr, train.schedule, train.warmup_steps, session.total_steps)
     optimizer.set_lr(lr)
-    scaler.step(stepped)  # left out, and the scale halved, where fp16 gradients overflowed
-    scaler.update()
+    if not overflow:
+        optimizer.step()
+    scaler.update(overflow)
     optimizer.zero_grad()
     return StepStats(loss, lr, norm, tokens, loss_tokens, time.perf_counter() - started, scale, overflow)
 
@@ -135,7 +144,7 @@ def _forward_backward(session: Session, step: int, batches: list[dict[str, Tenso
             losses, _ = token_losses(session.model, batch)
             # Processes average their gradients; multiplied by their number they sum.
             loss = losses.sum() / loss_tokens * accelerator.num_processes
-            session.scaler.scale(loss).backward()
+            session.scaler.scaled(loss).backward()
         loss_sum += losses.detach().sum()
     return accelerator.reduce(loss_sum).item() / loss_tokens
 
@@ -235,16 +244,4 @@ def _leave(session: Session, state: TrainState, status: str) -> None:
     """Writes down how the run ended; on a full disk not even that, and the first error is the one to tell."""
     if session.accelerator.is_main_process:
         with contextlib.suppress(RunError):
-            session.run.update_manifest(status=status, step=state.step)
-
-
-def _not_finite(session: Session, step: int, loss: float, norm: float, micro_batches: list[Any]) -> TrainingError:
-    rows = [row for micro_batch in micro_batches for row in micro_batch]
-    alone = [row_losses(session.plain, session.collate([row]))[0].isfinite().item() for row in rows]
-    wrong = [row for row, finite in zip(rows, alone) if not finite] or rows
-    names = ", ".join(session.data.describe_row(row) for row in wrong[:8])
-    more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-    return TrainingError(
-        f"step {step}: loss {loss} and gradient norm {norm} are not finite; rows: {names}{more}",
-        fix="Lower train.lr, set base.compute_dtype=bf16 or fp32, or look at these rows with `qlora-kit data show`",
-    )
+            session.run.update_manifest(status=status, step=state.step, **records.data_fields(session))

@@ -112,9 +112,10 @@ class LiveProgress(QuietProgress):
             )
             return
         norm = "overflow" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
+        gpu = f"  GPU {record['gpu_bytes'] / 2**30:.2f} GiB" if record.get("gpu_bytes") else ""
         values = (
             f"loss {record['loss']:.4f}  grad {norm}  {record['tokens_per_s']:,.0f} tok/s"
-            f"  {record['rss_bytes'] / 2**30:.2f} GiB"
+            f"  {record['rss_bytes'] / 2**30:.2f} GiB{gpu}"
         )
         if self.task is not None:
             self.bar.update(self.task, completed=record["step"], values=values)

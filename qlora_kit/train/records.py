@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,6 @@ TOOLS = ("qlora-kit", "torch", "transformers", "bitsandbytes", "accelerate", "da
 
 def train_record(state: TrainState, stats: StepStats) -> dict[str, Any]:
     """A `train` line of metrics.jsonl."""
-    gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
     scale = {} if stats.loss_scale is None else {"loss_scale": stats.loss_scale, "skipped": stats.skipped}
     return {
         "kind": "train",
@@ -39,7 +39,7 @@ def train_record(state: TrainState, stats: StepStats) -> dict[str, Any]:
         "loss_tokens": stats.loss_tokens,
         "tokens_per_s": stats.tokens / stats.seconds,
         "rss_bytes": psutil.Process().memory_info().rss,
-        "gpu_bytes": gpu,
+        "gpu_bytes": gpu_peak_since_last(state),
         "elapsed_s": state.elapsed_s,
         **scale,
     }
@@ -97,21 +97,31 @@ def published(run: RunFolder, step: int) -> dict[str, Any]:
 def at_end(session: Session, state: TrainState, eval_loss: float | None) -> dict[str, Any]:
     """The manifest fields of a run that is done."""
     results = session.run.manifest().get("results", {})
+    keep_peaks(state)
     return {
         "status": "finished",
         "step": state.step,
+        **data_fields(session),
         "results": {
             **results,
             "best_step": state.best_step,
             "best_eval_loss": state.best_loss,
             "final_eval_loss": eval_loss,
             "stopped_early": state.stopped_early,
-            "peak_rss_bytes": max(state.peak_rss_bytes, peak_rss_bytes()),
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "peak_rss_bytes": state.peak_rss_bytes,
+            "peak_gpu_bytes": state.peak_gpu_bytes or None,
             "wall_s": state.elapsed_s,
             "tokens_per_s": state.tokens_seen / max(state.step_s, 1e-9),
         },
     }
+
+
+def data_fields(session: Session) -> dict[str, Any]:
+    """What the data has come to so far: a stream's rows are counted, and left out, only as they are read."""
+    warnings = session.data.report.warnings()
+    shapes = {re.sub(r"\d+", "#", warning) for warning in warnings}  # an earlier count gives way to this one
+    kept = [n for n in session.run.manifest().get("notes", []) if re.sub(r"\d+", "#", n) not in shapes]
+    return {"data": session.data.report.to_json(), "notes": kept + warnings}
 
 
 def is_finished(run: RunFolder) -> bool:
@@ -140,6 +150,23 @@ def machine(session: Session) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def gpu_peak_since_last(state: TrainState) -> int | None:
+    """Largest GPU memory since this was last asked, kept in `state` where it is the run's largest; None without GPU."""
+    if not torch.cuda.is_available():
+        return None
+    keep_peaks(state)
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def keep_peaks(state: TrainState) -> None:
+    """Largest memory of the whole run, earlier processes of it included."""
+    state.peak_rss_bytes = max(state.peak_rss_bytes, peak_rss_bytes())
+    if torch.cuda.is_available():
+        state.peak_gpu_bytes = max(state.peak_gpu_bytes, torch.cuda.max_memory_allocated())
 
 
 def peak_rss_bytes() -> int:

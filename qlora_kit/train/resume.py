@@ -27,6 +27,7 @@ def begin(session: Session) -> TrainState:
         grad_accum_steps=session.recipe.train.grad_accum_steps,
         threads=session.threads,
         processes=session.accelerator.num_processes,
+        device=session.accelerator.device.type,
         data_sha256=session.data.sha256,
         base_sha256=session.source.fingerprint(),
     )
@@ -90,7 +91,17 @@ def _check_same_conditions(session: Session, state: TrainState, checkpoint: Chec
             raise CheckpointError(
                 f"{checkpoint.folder} was trained on {what}", fix="Put the files back, or start a new run"
             )
+    device = session.accelerator.device.type
+    if state.device not in ("", device):
+        raise CheckpointError(
+            f"{checkpoint.folder} was trained on {state.device}, this is {device}: optimizer states differ",
+            fix=f"Go on where there is {state.device}, or start a new run",
+        )
+    train = session.recipe.train
+    size, accum = state.micro_batch_size, state.grad_accum_steps
     numbers = {
+        "rows a micro batch": (size, train.micro_batch_size, f"Set train.micro_batch_size={size}"),
+        "micro batches a step": (accum, train.grad_accum_steps, f"Set train.grad_accum_steps={accum}"),
         "threads": (state.threads, session.threads, f"Set train.threads={state.threads}"),
         "processes": (state.processes, session.accelerator.num_processes, f"Launch {state.processes} processes"),
     }

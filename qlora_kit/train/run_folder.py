@@ -27,6 +27,7 @@ FREE_FIELDS = (
     "train.log_every:",
     "train.save_every:",
     "train.keep_checkpoints:",
+    "train.threads:",  # the number itself is checked against the checkpoint's
     "eval.answer:",
     "eval.choices:",
     "eval.max_rows:",

@@ -15,7 +15,7 @@ from qlora_kit.train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from qlora_kit.train.records import peak_rss_bytes
+from qlora_kit.train.records import keep_peaks
 from qlora_kit.train.session import Session
 
 
@@ -24,7 +24,7 @@ def save(session: Session, state: TrainState) -> None:
     state.data_position = session.batches.state_dict()
     state.grad_scaler = session.scaler.state_dict()
     state.elapsed_s += session.lap()
-    state.peak_rss_bytes = max(state.peak_rss_bytes, peak_rss_bytes())
+    keep_peaks(state)
     if session.accelerator.is_main_process:
         tensors, numbers = session.optimizer.state()
         save_checkpoint(

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.adapters.inject import inject_lora, trainable_parameters
@@ -22,12 +20,14 @@ from qlora_kit.data.collate import collate
 from qlora_kit.data.dataset import PreparedData, prepare
 from qlora_kit.data.masking import Encoded
 from qlora_kit.data.template import resolve_template
-from qlora_kit.errors import DataError, RunError, TrainingError
+from qlora_kit.errors import DataError, TrainingError
 from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
 from qlora_kit.model.source import BaseSource, find_base
 from qlora_kit.recipe import AdapterSection, Recipe
 from qlora_kit.recipe_file import recipe_to_tree
 from qlora_kit.train.determinism import make_deterministic, seed_for
+from qlora_kit.train.devices import make_accelerator, spread
+from qlora_kit.train.loss_scale import LossScale
 from qlora_kit.train.optim import AdapterOptimizer, optimizer_maker
 from qlora_kit.train.run_folder import RunFolder
 
@@ -45,7 +45,7 @@ class Session:
     model: Any
     settings: LoraSettings
     optimizer: AdapterOptimizer
-    scaler: torch.amp.GradScaler
+    scaler: LossScale
     data: PreparedData
     batches: TrainBatches
     total_steps: int
@@ -98,23 +98,11 @@ def start_session(recipe: Recipe, run: RunFolder) -> Session:
         source = find_base(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
         tokenizer = prepared_tokenizer(recipe, source.folder)
         data = prepare(recipe.data, tokenizer, recipe.run.seed)
+    total_steps = count_steps(recipe, data, accelerator.num_processes)
     settings = lora_settings(recipe.adapter)
     model = load_for_training(recipe, source, tokenizer, settings, accelerator.device)
     _check_rows_fit(recipe, data, model)
-    parameters = trainable_parameters(model)
-    if not parameters:
-        raise TrainingError("nothing is trained", fix="Give adapter.target_modules that the model has")
-    optimizer, notes = make_optimizer(recipe, parameters, accelerator.device)
-    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=recipe.base.compute_dtype == "fp16")
-    batches = TrainBatches(
-        data,
-        recipe.data,
-        tokenizer,
-        recipe.train.micro_batch_size,
-        recipe.run.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    optimizer, notes = make_optimizer(recipe, trainable_parameters(model), accelerator.device)
     return Session(
         recipe=recipe,
         run=run,
@@ -125,45 +113,27 @@ def start_session(recipe: Recipe, run: RunFolder) -> Session:
         model=spread(model, accelerator),
         settings=settings,
         optimizer=optimizer,
-        scaler=scaler,
+        scaler=LossScale(recipe.base.compute_dtype == "fp16"),
         data=data,
-        batches=batches,
-        total_steps=count_steps(recipe, data, accelerator.num_processes),
+        batches=_make_batches(recipe, data, tokenizer, accelerator),
+        total_steps=total_steps,
         threads=threads,
         notes=[*notes, *data.report.warnings()],
     )
 
 
-def make_accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
-    """Devices, processes and trackers.
-
-    Raises:
-        RunError: a tracker is not installed.
-    """
-    for tracker in recipe.train.trackers:
-        if find_spec(tracker) is None:
-            raise RunError(
-                f"train.trackers: {tracker} is not installed",
-                fix=f'Run `pip install "qlora-kit[{tracker}]"`, or leave it out',
-            )
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),  # else processes launched together on CPUs would not find each other
-        mixed_precision="no",  # the model is loaded in its compute dtype; nothing is cast on the way
-        log_with=list(recipe.train.trackers) or None,
-        project_dir=str(run.path / "trackers"),
+def _make_batches(
+    recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> TrainBatches:
+    return TrainBatches(
+        data,
+        recipe.data,
+        tokenizer,
+        recipe.train.micro_batch_size,
+        recipe.run.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
-
-
-def spread(model: PreTrainedModel, accelerator: Accelerator) -> Any:
-    """The model as it is, or wrapped so that several processes average their gradients.
-
-    Quantized codes are buffers that never change: they are not sent around at each step.
-    """
-    if accelerator.num_processes == 1:
-        return model
-    buffers = [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
-    return accelerator.prepare_model(model)
 
 
 def _check_rows_fit(recipe: Recipe, data: PreparedData, model: PreTrainedModel) -> None:
@@ -223,7 +193,13 @@ def load_for_training(
 def make_optimizer(
     recipe: Recipe, parameters: dict[str, torch.nn.Parameter], device: torch.device
 ) -> tuple[AdapterOptimizer, list[str]]:
-    """The optimizer, and notes on what had to be replaced on this machine."""
+    """The optimizer, and notes on what had to be replaced on this machine.
+
+    Raises:
+        TrainingError: there are no parameters.
+    """
+    if not parameters:
+        raise TrainingError("nothing is trained", fix="Give adapter.target_modules that the model has")
     train = recipe.train
     make, note = optimizer_maker(
         train.optimizer, (train.betas[0], train.betas[1]), train.eps, train.weight_decay, device
@@ -232,9 +208,19 @@ def make_optimizer(
 
 
 def count_steps(recipe: Recipe, data: PreparedData, processes: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run.
+
+    Raises:
+        TrainingError: the warm-up would not end in them.
+    """
     if recipe.train.max_steps is not None:
         return recipe.train.max_steps
     assert recipe.train.epochs is not None  # the recipe has one of both
     rows = recipe.train.micro_batch_size * recipe.train.grad_accum_steps * processes
-    return max(1, math.ceil(recipe.train.epochs * len(data.train) / rows))
+    steps = max(1, math.ceil(recipe.train.epochs * len(data.train) / rows))
+    if recipe.train.warmup_steps > steps:
+        raise TrainingError(
+            f"train.warmup_steps {recipe.train.warmup_steps} is more than the {steps} steps of the whole run",
+            fix=f"Set train.warmup_steps to {steps} at most, or train for more epochs",
+        )
+    return steps

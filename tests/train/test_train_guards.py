@@ -26,6 +26,7 @@ from qlora_kit.errors import TrainingError
 from qlora_kit.generate import generate_ids
 from qlora_kit.train.loop import LOWEST_LOSS_SCALE, train_step
 from qlora_kit.train.loss import row_losses
+from qlora_kit.train.loss_scale import GROWTH_INTERVAL, LossScale
 from qlora_kit.train.optim import lr_at
 from qlora_kit.train.restore import load_run_tokenizer, load_tuned
 from qlora_kit.train.resume import begin, resume_from_checkpoint
@@ -75,7 +76,7 @@ def test_of_a_batch_only_the_row_that_is_wrong_is_named(tmp_path: Path, tiny_qwe
 def fp16_session(folder: Path, model: Path, scale: float) -> Session:
     recipe = tiny_recipe(folder, model, base={"compute_dtype": "fp16"})
     session = start_session(recipe, RunFolder(folder / "unused"))
-    session.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    session.scaler = LossScale(True, scale)
     return session
 
 
@@ -88,10 +89,10 @@ def test_an_fp16_overflow_skips_the_step_halves_the_scale_and_goes_on(tmp_path: 
     before = weights(session)
     skipped = train_step(session, 1)
     assert skipped.skipped and skipped.loss_scale == 2.0**60 and math.isfinite(skipped.loss)
-    assert session.scaler.get_scale() == 2.0**59
+    assert session.scaler.factor == 2.0**59
     assert all(torch.equal(value, before[name]) for name, value in weights(session).items())
     assert session.optimizer.state()[1] == {} and not any("exp_avg" in key for key in session.optimizer.state()[0])
-    session.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    session.scaler = LossScale(True, 1024.0)
     done = train_step(session, 2)
     assert not done.skipped and done.loss_scale == 1024.0
     assert any(not torch.equal(value, before[name]) for name, value in weights(session).items())
@@ -102,7 +103,7 @@ def test_a_resume_goes_on_with_the_loss_scale_that_was_found(tmp_path: Path, tin
     run = RunFolder.create(recipe)
     run.path.mkdir(parents=True)
     session = start_session(recipe, run)
-    session.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    session.scaler = LossScale(True, 2.0**60)
     state = begin(session)
     train_step(session, 1)
     state.step = 1
@@ -110,7 +111,29 @@ def test_a_resume_goes_on_with_the_loss_scale_that_was_found(tmp_path: Path, tin
     resumed = start_session(recipe, run)
     assert resume_from_checkpoint(resumed).step == 1
     assert resumed.scaler.state_dict() == session.scaler.state_dict()
-    assert resumed.scaler.get_scale() == 2.0**59
+    assert resumed.scaler.factor == 2.0**59
+
+
+def test_the_loss_scale_doubles_after_many_good_steps_and_halves_after_a_bad_one() -> None:
+    scale = LossScale(True)
+    for _ in range(GROWTH_INTERVAL - 1):
+        scale.update(overflow=False)
+    again = LossScale(True)
+    again.load_state_dict(json.loads(json.dumps(scale.state_dict())))
+    again.update(overflow=False)
+    assert (scale.factor, again.factor) == (2.0**16, 2.0**17)
+    scale.update(overflow=True)
+    scale.update(overflow=False)
+    assert scale.state_dict() == {"scale": 2.0**15, "good_steps": 1}, "good steps are counted in a row"
+
+
+def test_without_fp16_the_loss_and_gradients_are_left_alone() -> None:
+    scale, parameter = LossScale(False), torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.ones(1)
+    scale.unscale([parameter])
+    scale.update(overflow=True)
+    assert parameter.grad.item() == scale.scaled(torch.ones(1)).item() == 1.0
+    assert scale.factor is None and scale.state_dict() == {}
 
 
 def test_gradients_that_overflow_at_any_scale_stop_the_run(tmp_path: Path, tiny_llama: Path) -> None:

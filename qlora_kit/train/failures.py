@@ -1,0 +1,46 @@
+"""Errors of a step that say which rows, or what to change."""
+
+from __future__ import annotations
+
+from qlora_kit.data.masking import Encoded
+from qlora_kit.errors import TrainingError
+from qlora_kit.train.loss import row_losses
+from qlora_kit.train.session import Session
+
+
+def not_finite(
+    session: Session, step: int, loss: float, norm: float, micro_batches: list[list[Encoded]]
+) -> TrainingError:
+    """Names the rows whose own loss is not finite; all of the step's where no single one is to blame."""
+    rows = [row for micro_batch in micro_batches for row in micro_batch]
+    alone = [row_losses(session.plain, session.collate([row]))[0].isfinite().item() for row in rows]
+    wrong = [row for row, finite in zip(rows, alone) if not finite]
+    if wrong or session.accelerator.num_processes == 1:
+        wrong = wrong or rows
+        names = ", ".join(session.data.describe_row(row) for row in wrong[:8])
+        names += f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    else:
+        names = "rows of another process"
+    return TrainingError(
+        f"step {step}: loss {loss} and gradient norm {norm} are not finite; rows: {names}",
+        fix="Lower train.lr, set base.compute_dtype=bf16 or fp32, or look at these rows with `qlora-kit data show`",
+    )
+
+
+def out_of_memory(session: Session, step: int) -> TrainingError:
+    """What to change, and how the run goes on where there is more memory."""
+    train, data = session.recipe.train, session.recipe.data
+    size, accum = train.micro_batch_size, train.grad_accum_steps
+    ways = []
+    if size > 1:
+        ways.append(f"train.micro_batch_size={size // 2} with train.grad_accum_steps={-(-size * accum // (size // 2))}")
+    if not train.gradient_checkpointing:
+        ways.append("train.gradient_checkpointing=true")
+    ways.append(f"data.max_seq_len below {data.max_seq_len}")
+    if session.recipe.eval.batch_size > 1:
+        ways.append(f"eval.batch_size below {session.recipe.eval.batch_size}")
+    return TrainingError(
+        f"too little memory on {session.accelerator.device.type} after step {step}",
+        fix=f"Start a new run with {', or '.join(ways)} (`qlora-kit plan` tells what fits). "
+        f"Or free some memory. {session.run.how_to_resume()}",
+    )
