@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-RUN = Path("runs/smollm2-sentiment")
+import psutil
+
+RUN = Path("runs/demo")
 REVIEW = "Is this movie review positive or negative?\n\nA tender, funny film that stays with you for days."
 
 
@@ -26,7 +25,7 @@ def main() -> None:
     kit = [sys.executable, "-m", "qlora_kit.cli"]
     bundle = RUN / "bundles" / "int8"
     steps = {
-        "train": [*kit, "train", "smollm2-sentiment", "--overwrite"],
+        "train": [*kit, "train", "smollm2-sentiment", f"run.name={RUN.name}", "--overwrite"],
         "export": [*kit, "export", str(RUN)],
         "eval": [*kit, "eval", str(RUN), "--forms", "base,tuned,bundle_int8"],
         "generate": [*kit, "generate", str(bundle), "--chat", REVIEW],
@@ -34,23 +33,37 @@ def main() -> None:
     costs = {name: run_step(name, command) for name, command in steps.items()}
     total = sum(cost["seconds"] for cost in costs.values())
     peak = max(cost["peak_bytes"] for cost in costs.values())
-    print(f"\ndone in {total / 60:.1f} minutes, at most {peak / 2**30:.2f} GiB of memory in one process")
+    print(f"\ndone in {total / 60:.1f} minutes, at most {peak / 2**30:.2f} GiB of memory, all processes together")
     print(f"report: {RUN / 'report.html'}\nall forms: make eval RUN={RUN}\ntalk to it: qlora-runtime chat {bundle}")
     if record:
         write_record(costs)
 
 
 def run_step(name: str, command: list[str]) -> dict[str, float]:
-    """Runs one command; wall seconds and peak resident bytes of its largest process."""
+    """Runs one command; wall seconds, and the most bytes that it and its children had resident at one time."""
     print(f"\n== {name}: {' '.join(['qlora-kit', *command[3:]])}", flush=True)
-    started = time.perf_counter()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    started, peak = time.perf_counter(), 0
+    process = psutil.Popen(command)
+    while process.poll() is None:
+        peak = max(peak, sum(resident_bytes(member) for member in [process, *children(process)]))
+        time.sleep(0.1)
     if process.returncode:
         sys.exit(f"{name} failed with exit code {process.returncode}")
-    factor = 1 if platform.system() == "Darwin" else 1024
-    return {"seconds": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss * factor}
+    return {"seconds": time.perf_counter() - started, "peak_bytes": peak}
+
+
+def children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def resident_bytes(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def write_record(costs: dict[str, dict[str, float]]) -> None:

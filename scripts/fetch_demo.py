@@ -81,9 +81,11 @@ def write_rows(reviews: list[tuple[str, str]], out: Path) -> None:
     random.Random(1).shuffle(eval_rows)
     held_out = {text for text, _ in eval_rows}
     for name, rows in (("train", [r for r in reviews if r[0] not in held_out]), ("eval", eval_rows)):
-        with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        partial = out / f"{name}.partial"
+        with partial.open("w", encoding="utf-8") as file:
             for text, label in rows:
                 file.write(json.dumps({"prompt": PROMPT.format(text=text), "completion": label}) + "\n")
+        partial.rename(out / f"{name}.jsonl")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Every form is scored on the same rows in the same order, so that two forms can b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from qlora_kit.eval.intervals import (
     bootstrap_ratio,
     exponentiate,
 )
+from qlora_kit.eval.metrics import compute_metric
 
 MetricName = Literal["accuracy", "loss", "perplexity"]
 
@@ -82,7 +83,9 @@ def score_form(per_row: PerRow, seconds: float, *, seed: int = 0, resamples: int
     accuracy = None
     if per_row.correct is not None:
         accuracy = bootstrap_mean(per_row.correct, seed=seed, resamples=resamples, name="correct")
-    return FormResult(loss, exponentiate(loss), accuracy, rows, seconds, per_row)
+    value = compute_metric("perplexity", loss=per_row.loss, loss_tokens=per_row.loss_tokens)["perplexity"]
+    perplexity = replace(exponentiate(loss), value=value)
+    return FormResult(loss, perplexity, accuracy, rows, seconds, per_row)
 
 
 def compare_forms(

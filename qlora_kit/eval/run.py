@@ -54,7 +54,11 @@ def evaluate_run(
     for name in only or forms:
         console.print(f"scoring {name} on {len(questions)} rows", highlight=False)
         started = time.perf_counter()
-        per_row = score_rows(forms[name](), questions, recipe, tokenizer, choices)
+        try:
+            per_row = score_rows(forms[name](), questions, recipe, tokenizer, choices)
+        except torch.OutOfMemoryError:
+            console.print(f"{name} does not fit into this device's memory and is left out", highlight=False)
+            continue
         results[name] = score_form(per_row, time.perf_counter() - started, seed=recipe.run.seed)
     metrics = {"answer": recipe.eval.answer, "choices": choices, "dtype": recipe.eval.dtype, "confidence": 0.95}
     found = EvalResults(len(questions), results, _pairs(results), metrics)

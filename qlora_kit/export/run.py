@@ -102,7 +102,8 @@ def _merge(
     write_json(run.path / "merge.json", _merge_report(deltas))
     console.print(f"merged {len(deltas)} layers in fp32 into {run.merged}", highlight=False)
     folders = dict.fromkeys(names, run.merged)
-    if "int8" in names and smooth(model, _calibration_rows(data)):
+    if "int8" in names and (layers := smooth(model, _calibration_rows(data))):
+        console.print(f"int8: ranges of {layers} layers moved from activations into weights", highlight=False)
         save_merged(model, tokenizer, _smoothed_folder(run))
         folders["int8"] = _smoothed_folder(run)
     return folders, rows
