@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from qlora_kit.errors import CheckpointError
 
+TORCH_STATES = ("exp_avg", "exp_avg_sq")
+BNB_STATES = ("state1", "state2")  # bitsandbytes' names of the same two; 8-bit ones come with qmap and absmax
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -55,11 +57,6 @@ class AdapterOptimizer:
                 if keep_precision:
                     self.low_bits[name] = torch.zeros_like(parameter, dtype=torch.int16)
             self._inner[name] = make([master])
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """What torch.amp.GradScaler needs to find the gradients."""
-        return [{"params": list(self.parameters.values())}]
 
     def step(self) -> None:
         """One update from the gradients, at the rate given to `set_lr`."""
@@ -105,7 +102,7 @@ class AdapterOptimizer:
         """Restores what `state` gave.
 
         Raises:
-            CheckpointError: the state belongs to other weights.
+            CheckpointError: the state belongs to other weights or to another optimizer.
         """
         entries: dict[str, dict[str, Any]] = {name: {} for name in self.parameters}
         for key, value in (*tensors.items(), *numbers.items()):
@@ -122,7 +119,16 @@ class AdapterOptimizer:
         parameter, low = self.parameters[name], found.pop("low_bits", None)
         if (low is None) != (name not in self.low_bits):
             raise CheckpointError(f"kept low bits of {name} do not match adapter.keep_precision", fix="Start a new run")
-        moments = {"low_bits": low} | {entry: found.get(entry) for entry in ("exp_avg", "exp_avg_sq") if found}
+        inner = self._inner[name]
+        names = TORCH_STATES if isinstance(inner, torch.optim.AdamW) else BNB_STATES
+        if found and not {"step", *names} <= found.keys():
+            raise CheckpointError(
+                f"optimizer state of {name} is not that of {type(inner).__name__}",
+                got=sorted(found),
+                allowed=", ".join(("step", *names)),
+                fix="Go on with the optimizer and the device that the run began with, or start a new run",
+            )
+        moments = {"low_bits": low} | {entry: found[entry] for entry in names if found}
         for entry, value in moments.items():
             if isinstance(value, Tensor) and value.shape != parameter.shape:
                 raise CheckpointError(
@@ -130,12 +136,24 @@ class AdapterOptimizer:
                 )
         if low is not None:
             self.low_bits[name].copy_(low)
-        (group,) = self._inner[name].param_groups
+        (group,) = inner.param_groups
         keep_cpu = {"step"}  # torch holds the step count on the CPU unless the optimizer is fused or capturable
-        self._inner[name].state[group["params"][0]] = {
+        loaded = {
             entry: value.to(parameter.device) if isinstance(value, Tensor) and entry not in keep_cpu else value
             for entry, value in found.items()
+            if entry not in BNB_STATES
         }
+        for entry in BNB_STATES if found.keys() >= set(BNB_STATES) else ():
+            loaded[entry] = _state_buffer(inner, parameter, found[entry])
+        inner.state[group["params"][0]] = loaded
+
+
+def _state_buffer(inner: Any, parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy of a state where bitsandbytes itself would hold it: in paged memory, if the optimizer is a paged one."""
+    buffer = inner.get_state_buffer(parameter.detach(), dtype=value.dtype)
+    if parameter.is_cuda:
+        torch.cuda.synchronize(parameter.device)  # the buffer is being filled with zeros
+    return buffer.copy_(value)
 
 
 def optimizer_maker(

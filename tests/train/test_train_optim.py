@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from optim_steps import copies, gradient, make_adamw, random_weights, run
 from torch import Tensor, nn
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 from transformers.optimization import get_linear_schedule_with_warmup
@@ -48,33 +49,6 @@ def test_the_high_half_is_the_nearest_bf16() -> None:
 def test_split_takes_any_shape_and_stride() -> None:
     value = torch.randn(5, 7).T
     assert torch.equal(join_fp32(*split_fp32(value)), value)
-
-
-def make_adamw(weight_decay: float = 0.01) -> Any:
-    return optimizer_maker("adamw", (0.9, 0.99), 1e-8, weight_decay, CPU)[0]
-
-
-def random_weights(dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    torch.manual_seed(0)
-    return {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, shape in (("a", (4, 9)), ("b", (9, 4)))}
-
-
-def gradient(step: int, like: Tensor) -> Tensor:
-    torch.manual_seed(step)
-    return torch.randn(like.shape).to(like.dtype)
-
-
-def run(optimizer: AdapterOptimizer, steps: range, lr: float = 1e-3) -> None:
-    for step in steps:
-        for parameter in optimizer.parameters.values():
-            parameter.grad = gradient(step, parameter)
-        optimizer.set_lr(lr * (1 + step % 3))
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def copies(optimizer: AdapterOptimizer) -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(parameter.detach().clone()) for name, parameter in optimizer.parameters.items()}
 
 
 def masters(optimizer: AdapterOptimizer) -> dict[str, Tensor]:
