@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from damages import rewrite_state
 from tiny_runs import (
     ForkedCli,
     adapter_sha256,
@@ -23,6 +26,7 @@ from tiny_runs import (
 
 from qlora_kit.errors import CheckpointError, RunError
 from qlora_kit.recipe_file import parse_recipe
+from qlora_kit.train.checkpoint import newest_checkpoint
 from qlora_kit.train.run_folder import RunFolder
 
 REFUSED = {
@@ -38,7 +42,6 @@ REFUSED = {
     "train.max_steps=9": "train.max_steps: 2 -> 9",
     "train.micro_batch_size=4": "train.micro_batch_size: 2 -> 4",
     "train.eval_every=2": "train.eval_every: 1 -> 2",
-    "train.threads=2": "train.threads: 1 -> 2",
     "eval.batch_size=1": "eval.batch_size: 4 -> 1",
 }
 
@@ -108,6 +111,46 @@ def test_a_resume_with_another_number_of_threads_is_refused(tmp_path: Path, tiny
     torch.set_num_threads(2)
     with pytest.raises(CheckpointError, match=r"was trained with 1 threads \(got 2\).*Set train\.threads=1"):
         resume_here(run)
+
+
+def test_the_advice_on_threads_is_one_that_can_be_followed(tmp_path: Path, tiny_llama: Path) -> None:
+    tree = tiny_tree(tmp_path, tiny_llama, train={"max_steps": 2, "threads": None})
+    recipe = write_recipe(tmp_path, tree)
+    assert ForkedCli(tmp_path / "one", "train", recipe, "--quiet", "train.threads=1").wait() == 0
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    expected = adapter_sha256(run.path)
+    unfinish(run)
+    refused = ForkedCli(tmp_path / "two", "train", "--resume", run.path, "--quiet", "train.threads=2")
+    assert refused.wait() == 2
+    advice = re.search(r"Set (train\.threads=\d+)", " ".join(refused.err.split()))
+    assert advice is not None, refused.err
+    followed = ForkedCli(tmp_path / "three", "train", "--resume", run.path, "--quiet", advice[1])
+    assert followed.wait() == 0, followed.err
+    assert adapter_sha256(run.path) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "cuda"}, r"was trained on cuda, this is cpu: optimizer states differ"),
+        ({"micro_batch_size": 4}, r"with 4 rows a micro batch \(got 2\).*Set train\.micro_batch_size=4"),
+        ({"grad_accum_steps": 3}, r"with 3 micro batches a step \(got 2\).*Set train\.grad_accum_steps=3"),
+    ],
+)
+def test_a_checkpoint_made_in_another_way_is_refused(run: RunFolder, changes: dict[str, Any], message: str) -> None:
+    unfinish(run)
+    assert newest_checkpoint(run.checkpoints)[0].state.device == "cpu"  # type: ignore[union-attr]
+    rewrite_state(run.checkpoints / "step-000002", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        resume_here(run)
+
+
+def test_a_checkpoint_that_names_no_device_is_taken(run: RunFolder) -> None:
+    expected = adapter_sha256(run.path)
+    unfinish(run)
+    rewrite_state(run.checkpoints / "step-000002", device=None)
+    resume_here(run)
+    assert adapter_sha256(run.path) == expected
 
 
 def test_a_resume_with_other_library_versions_says_so(run: RunFolder) -> None:
