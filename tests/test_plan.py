@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from qlora_kit.adapters.inject import inject_lora
+from qlora_kit.adapters.lora import LoraSettings
 from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.plan import ARCHITECTURES, Plan, find_config, model_shapes, plan, print_plan
 from qlora_kit.plan.memory import optimizer_bytes
@@ -190,6 +192,17 @@ def test_a_linear_layer_trained_in_full_is_not_quantized() -> None:
     assert parts(found)["linear layers trained in full"] == 2 * 2 * 200 * 96
 
 
+def test_all_linear_leaves_out_what_is_trained_in_full() -> None:
+    model, config = tiny_model("llama", LLAMA)
+    adapter = {"target_modules": "all-linear", "modules_to_save": ["q_proj", "layers.0.mlp"]}
+    settings = LoraSettings(rank=16, modules_to_save=adapter["modules_to_save"])  # type: ignore[arg-type]
+    assert isinstance(model, PreTrainedModel)
+    found = plan(recipe_of(adapter=adapter), config)
+    assert found.targets == inject_lora(model, settings)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert found.trainable_parameters == trained
+
+
 def test_fp16_trains_whole_modules_in_fp32() -> None:
     base, adapter = {"model": "tiny", "compute_dtype": "fp16"}, {"modules_to_save": ["embed_tokens"]}
     found = plan(recipe_of(base=base, adapter=adapter), LLAMA | {"model_type": "llama"})
@@ -283,10 +296,10 @@ def write_gguf(path: Path, tied: bool) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_config_of_a_gguf_file(tied: bool, tmp_path: Path) -> None:
-    write_gguf(tmp_path / "tiny.gguf", tied)
-    config = find_config(BaseSection(model=str(tmp_path / "tiny.gguf")))
+@pytest.mark.parametrize(("tied", "name"), [(True, "tiny.gguf"), (False, "tiny.GGUF")])
+def test_config_of_a_gguf_file(tied: bool, name: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / name, tied)
+    config = find_config(BaseSection(model=str(tmp_path / name)))
     options = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 24, "num_hidden_layers": 1}
     options |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
     model, _ = tiny_model("qwen2", options)
@@ -341,7 +354,18 @@ def test_a_hub_config_is_plain_data(monkeypatch: pytest.MonkeyPatch) -> None:
         (AdapterError, None, {"target_modules": "nothing"}, "matches no layer"),
         (AdapterError, None, {"target_modules": "("}, "no regular expression"),
         (AdapterError, None, {"modules_to_save": ["score"]}, "modules_to_save matches no module.*'score'"),
-        (AdapterError, None, {"modules_to_save": ["q_proj"]}, "both a target and a module to save"),
+        (
+            AdapterError,
+            None,
+            {"target_modules": ["q_proj"], "modules_to_save": ["layers.0.self_attn"]},
+            "both a target and a module to save",
+        ),
+        (
+            AdapterError,
+            None,
+            {"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]},
+            "both a target and a module to save",
+        ),
     ],
 )
 def test_wrong_input_is_named(error: type[Exception], config: dict | None, adapter: dict, match: str) -> None:

@@ -38,11 +38,11 @@ def find_config(base: BaseSection) -> dict[str, Any]:
         ModelError: there is no such folder, file or hub model, or its config cannot be read.
     """
     path = Path(base.model).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return _from_gguf(path)
     if path.is_dir():
         return _from_folder(path)
-    if path.exists() or base.model.startswith((".", "/", "~")) or base.model.count("/") > 1:
+    if path.exists() or base.model.startswith((".", "/", "~")) or base.model.count("/") > 1 or "\\" in base.model:
         raise ModelError("base.model names no model", got=base.model, allowed="a hub id, a folder or a .gguf file")
     return _from_hub(base)
 

@@ -90,6 +90,8 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Pla
     parameters = shapes.parameters()
     targets = find_targets(shapes, recipe.adapter.target_modules)
     saved = parameters_saved(parameters, shapes, recipe.adapter)
+    if recipe.adapter.target_modules == "all-linear":  # as training does: what is trained in full gets no adapter
+        targets = [linear for linear in targets if f"{linear.name}.weight" not in saved]
     both = [linear.name for linear in targets if f"{linear.name}.weight" in saved]
     if both:
         raise AdapterError(
