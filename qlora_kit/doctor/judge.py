@@ -51,17 +51,16 @@ def _system(machine: Machine) -> Iterator[Finding]:
     notes = {
         "Linux": "training, evaluation, export",
         "WSL": "training, evaluation, export; keep model and data on the Linux side, /mnt/c is many times slower",
-        "Windows": "training, evaluation, export; the Makefile needs WSL or make",
-        "macOS": "training, evaluation, export on the CPU; Apple's GPU is not used",
+        "Windows": "not measured yet: training, evaluation and export should run; the Makefile needs WSL or make",
+        "macOS": "not measured yet: training, evaluation and export should run on the CPU; Apple's GPU is not used",
     }
-    known = machine.system in notes
-    status: Status = "ok" if known else "limited"
-    yield Finding("system", status, found, notes.get(machine.system, "not tested on this system"))
+    status: Status = "ok" if machine.system in ("Linux", "WSL") else "limited"
+    yield Finding("system", status, found, notes.get(machine.system, "not measured yet"))
 
 
 def _python(machine: Machine) -> Iterator[Finding]:
     inside = _inside(machine.python, machine.python_range)
-    allows = "tested" if inside else f"tested with {machine.python_range}: install one of these"
+    allows = f"{'within' if inside else 'outside'} the supported range {machine.python_range}"
     yield Finding("python", "ok" if inside else "limited", machine.python, allows)
 
 
@@ -69,16 +68,16 @@ def _libraries(machine: Machine) -> Iterator[Finding]:
     if not machine.library_ranges:
         yield Finding("libraries", "limited", "qlora-kit is not installed as a package", "run `pip install -e .`")
     good = []
-    for name, tested in machine.library_ranges.items():
+    for name, supported in machine.library_ranges.items():
         version = machine.libraries.get(name)
         if version is None:
-            yield Finding("libraries", "missing", f"{name} is not installed", f"run `pip install '{name}{tested}'`")
-        elif not _inside(version, tested):
-            yield Finding("libraries", "limited", f"{name} {version}", f"outside the tested range {tested}")
+            yield Finding("libraries", "missing", f"{name} is not installed", f"run `pip install '{name}{supported}'`")
+        elif not _inside(version, supported):
+            yield Finding("libraries", "limited", f"{name} {version}", f"outside the supported range {supported}")
         else:
             good.append(f"{name} {version}")
     if good:
-        yield Finding("libraries", "ok", ", ".join(good), "inside the tested ranges")
+        yield Finding("libraries", "ok", ", ".join(good), "within the supported ranges")
 
 
 def _cpu(machine: Machine) -> Iterator[Finding]:
@@ -175,12 +174,12 @@ def _hub(machine: Machine) -> Iterator[Finding]:
         yield Finding("hub", "ok", "not switched off", allows)
 
 
-def _inside(version: str, tested: str) -> bool:
+def _inside(version: str, supported: str) -> bool:
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion
 
     try:
-        return SpecifierSet(tested).contains(version, prereleases=True)
+        return SpecifierSet(supported).contains(version, prereleases=True)
     except InvalidVersion:
         return False
 

@@ -43,7 +43,7 @@ class Machine:
     architecture: str
     python: str
     python_range: str
-    """What the installed package was tested with, for example `>=3.11,<3.13`; empty where unknown."""
+    """What the installed package supports, for example `>=3.11,<3.13`; empty where unknown."""
     libraries: dict[str, str | None]
     library_ranges: dict[str, str]
     cpu: str
