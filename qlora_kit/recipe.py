@@ -84,6 +84,8 @@ class DataSource(Section):
     """Share of rows drawn from this source, relative to the others; every row once when no source gives one."""
     split: str = "train"
     """Split of a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     schema_: Annotated[Schema | None, Field(alias="schema")] = None
     """Row schema; detected from the columns when left out."""
 

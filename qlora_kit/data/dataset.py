@@ -35,6 +35,13 @@ class PreparedData:
         parts = [self.report.fingerprints(), self.report.template]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def changed_since(self, manifest_data: dict[str, Any]) -> list[str]:
+        """Paths of the sources that are not as a run's manifest names them (its `data`): changed, new or gone."""
+        sources = [*manifest_data.get("train", []), manifest_data.get("eval")]
+        before = {source["path"]: source["fingerprint"] for source in sources if source}
+        now = self.report.fingerprints()
+        return [path for path in {**now, **before} if now.get(path) != before.get(path)]
+
     def describe_row(self, row: Encoded) -> str:
         """`FILE row N`."""
         return f"{self.report.path_of(row.source)} row {row.row}"

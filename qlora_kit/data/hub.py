@@ -19,12 +19,17 @@ def hub_rows(source: DataSource, streaming: bool) -> Iterator[dict[str, Any]]:
 
 
 def hub_fingerprint(source: DataSource, streaming: bool) -> str:
-    """`commit:...` where the hub can be asked, otherwise `fingerprint:...` of the cached dataset.
+    """`revision:...` as the recipe gives it, so the same without a network; a branch or tag is taken at its word.
+
+    Without a revision `commit:...` where the hub can be asked, otherwise `fingerprint:...` of the cached dataset.
 
     Raises:
         DataError: neither can be had.
     """
     from huggingface_hub import dataset_info
+
+    if source.revision is not None:
+        return f"revision:{source.revision}"
 
     try:
         return f"commit:{dataset_info(_parts(source)[0], timeout=10).sha}"
@@ -47,13 +52,14 @@ def _load(source: DataSource, streaming: bool) -> Any:
 
     name, config, split = _parts(source)
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+        return datasets.load_dataset(name, config, split=split, revision=source.revision, streaming=streaming)
     except _hub_errors() as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
+        version = f", revision {source.revision!r}" if source.revision is not None else ""
         raise DataError(
-            f"{source.path} (split {split!r}): neither a file here nor a hub dataset that loads: {first_line}",
+            f"{source.path} (split {split!r}{version}): neither a file here nor a hub dataset that loads: {first_line}",
             allowed="a file path with its ending, or owner/name[:config][@split]",
-            fix="Check the spelling, the split and the network",
+            fix="Check the spelling, the split, the revision and the network",
         ) from None
 
 

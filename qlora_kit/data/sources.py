@@ -37,12 +37,15 @@ def is_file_source(source: DataSource) -> bool:
     """True for a path with one of ENDINGS, or one that exists; False for a hub id.
 
     Raises:
-        DataError: a folder, a file of another kind, or neither a path nor a hub id.
+        DataError: a revision of a file, a folder, a file of another kind, or neither a path nor a hub id.
     """
     path = Path(source.path)
     if path.is_dir():
         raise DataError(f"{path} is a folder", allowed=f"one file ({', '.join(ENDINGS)})", fix="Name the file in it")
     if path.suffix.lower() in ENDINGS:
+        if source.revision is not None:
+            problem = f"revision means a hub id's version; {path} is a file"
+            raise DataError(problem, got=source.revision, fix="Leave revision out")
         return True
     if path.exists():
         raise DataError(f"{path}: unknown file ending", got=path.suffix, allowed=", ".join(ENDINGS))
@@ -78,7 +81,7 @@ def read_rows(source: DataSource, *, streaming: bool = False) -> Iterator[RawRow
 
 
 def fingerprint(source: DataSource, *, streaming: bool = False) -> str:
-    """`sha256:...` of a file's bytes; of a hub dataset its commit or the library's own fingerprint.
+    """`sha256:...` of a file's bytes; of a hub dataset see `hub_fingerprint`.
 
     Raises:
         DataError: the source is missing.

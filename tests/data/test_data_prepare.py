@@ -145,6 +145,19 @@ def test_the_digest_follows_files_and_template(chatml: Any, section: Any, jsonl:
     assert one != prepare(section(train=path), chatml, 1).sha256
 
 
+def test_changed_files_are_named(chatml: Any, section: Any, jsonl: Any) -> None:
+    paths = [str(jsonl(pairs(5), f"{name}.jsonl")) for name in ("a", "b", "held")]
+    options = {"train": [{"path": path} for path in paths[:2]], "eval": paths[2]}
+    manifest = json.loads(json.dumps(prepare(section(**options), chatml, 1).report.to_json()))
+    assert prepare(section(**options), chatml, 1).changed_since(manifest) == []
+    jsonl(pairs(6), "b.jsonl")
+    jsonl(pairs(7), "held.jsonl")
+    assert prepare(section(**options), chatml, 1).changed_since(manifest) == paths[1:]
+    only_first = prepare(section(train=paths[0]), chatml, 1)
+    assert only_first.changed_since(manifest) == paths[1:], "sources that are gone"
+    assert only_first.changed_since({}) == paths[:1]
+
+
 def test_rows_are_kept_compactly_and_views_share(chatml: Any, section: Any, jsonl: Any) -> None:
     data = prepare(section(train=jsonl(pairs(50))), chatml, 1)
     view = data.train.take(np.array([3, 3, 0]))

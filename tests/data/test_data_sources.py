@@ -79,8 +79,8 @@ def test_hub_dataset(monkeypatch: Any) -> None:
     made = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
     asked = []
 
-    def load(name: Any, config: Any, split: Any, streaming: Any) -> Any:
-        asked.append((name, config, split, streaming))
+    def load(name: Any, config: Any, split: Any, revision: Any, streaming: Any) -> Any:
+        asked.append((name, config, split, revision, streaming))
         return made
 
     def offline(*_: Any, **__: Any) -> Any:
@@ -89,11 +89,14 @@ def test_hub_dataset(monkeypatch: Any) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(huggingface_hub, "dataset_info", offline)
     assert rows_of("owner/name:main@test[:2]") == [(1, {"text": "a"}), (2, {"text": "b"})]
-    rows_of("owner/name", split="validation")
-    assert asked == [("owner/name", "main", "test[:2]", False), ("owner/name", None, "validation", False)]
+    rows_of("owner/name", split="validation", revision="v1")
+    assert asked == [("owner/name", "main", "test[:2]", None, False), ("owner/name", None, "validation", "v1", False)]
+    pinned = source("owner/name", revision="v1")
+    assert fingerprint(pinned) == "revision:v1"
     assert fingerprint(source("owner/name")) == f"fingerprint:{made._fingerprint}"
     monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_, **__: type("Info", (), {"sha": "abc"}))
     assert fingerprint(source("owner/name"), streaming=True) == "commit:abc"
+    assert fingerprint(pinned) == fingerprint(pinned, streaming=True) == "revision:v1", "as without a network"
 
 
 def test_hub_dataset_that_does_not_load(monkeypatch: Any) -> None:
@@ -105,6 +108,15 @@ def test_hub_dataset_that_does_not_load(monkeypatch: Any) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError, match=r"owner/nmae \(split 'train'\): neither a file here nor a hub dataset"):
         rows_of("owner/nmae")
+    with pytest.raises(DataError, match=r"\(split 'train', revision 'v9'\): neither .* the revision and the network"):
+        rows_of("owner/nmae", revision="v9")
+
+
+def test_a_file_has_no_revision(tmp_path: Any) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"revision means a hub id's version; .*a\.jsonl is a file \(got 'v1'\)"):
+        rows_of(path, revision="v1")
 
 
 def test_fingerprint_is_the_files_sha256(tmp_path: Any) -> None:
