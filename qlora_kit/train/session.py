@@ -103,6 +103,8 @@ def start_session(recipe: Recipe, run: RunFolder) -> Session:
     model = load_for_training(recipe, source, tokenizer, settings, accelerator.device)
     _check_rows_fit(recipe, data, model)
     optimizer, notes = make_optimizer(recipe, trainable_parameters(model), accelerator.device)
+    if recipe.train.grad_accum_steps > 1 and accelerator.num_processes == 1:
+        add_gradients_in_fp32(optimizer.parameters)
     return Session(
         recipe=recipe,
         run=run,
@@ -205,6 +207,15 @@ def make_optimizer(
         train.optimizer, (train.betas[0], train.betas[1]), train.eps, train.weight_decay, device
     )
     return AdapterOptimizer(parameters, make, recipe.adapter.keep_precision), [note] if note else []
+
+
+def add_gradients_in_fp32(parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Gradients of micro batches add up in fp32: a bf16 sum swallows what is below 1/256 of it.
+
+    With several processes they stay in the weight's dtype: DistributedDataParallel takes no other.
+    """
+    for parameter in parameters.values():
+        parameter.grad_dtype = torch.float32
 
 
 def count_steps(recipe: Recipe, data: PreparedData, processes: int) -> int:

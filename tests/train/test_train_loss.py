@@ -128,6 +128,29 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
 
 
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Of all gradients together, relative to the norm of the expected."""
+    square = sum((found[name].float() - value.float()).square().sum().item() for name, value in expected.items())
+    return (square / sum(value.float().square().sum().item() for value in expected.values())) ** 0.5
+
+
+def test_gradients_of_a_bf16_adapter_add_up_in_fp32(tmp_path: Path, tiny_llama: Path) -> None:
+    bf16: Any = {"run": {"seed": 3}, "adapter": {"dtype": "bf16"}}
+    whole = session_for(tmp_path, tiny_llama, **bf16, train={"micro_batch_size": 8, "grad_accum_steps": 1})
+    cuts = [
+        session_for(tmp_path, tiny_llama, **bf16, train={"micro_batch_size": 8 // n, "grad_accum_steps": n})
+        for n in (4, 8, 8)
+    ]
+    for parameter in cuts[-1].optimizer.parameters.values():
+        parameter.grad_dtype = torch.bfloat16  # as torch would by itself
+    expected = gradients(whole)[1]
+    assert {value.dtype for value in expected.values()} == {torch.bfloat16}
+    found = [gradients(cut)[1] for cut in cuts]
+    assert {value.dtype for value in found[0].values()} == {torch.float32}
+    in_fours, in_eights, in_bf16 = (distance(one, expected) for one in found)
+    assert in_fours < 0.003 and in_eights < 0.003 < in_bf16
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("quant", ["nf4", "none"])
 def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, tiny_llama: Path, dropout: float, quant: str) -> None:
