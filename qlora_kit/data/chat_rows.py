@@ -7,6 +7,7 @@ The form is the one chat templates expect: tool-call arguments as objects (not J
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from qlora_kit.data.examples import Conversation, Message, RowError
@@ -26,14 +27,21 @@ _KEPT_KEYS = ("tool_call_id", "name", "reasoning_content", "thinking", "reasonin
 
 
 def messages_row(row: dict[str, Any]) -> Conversation:
-    """A row in OpenAI's form: `messages`, and `tools` where there are any.
+    """A row in OpenAI's form: `messages`, and `tools` where there are any; `weight: 0` mutes an assistant turn.
 
     Raises:
         RowError: names the message and field.
     """
     turns = _turn_list(row, "messages")
     messages = [_openai_message(turn, f"messages[{k}]") for k, turn in enumerate(turns)]
-    return _checked(messages, _tools(row), "messages")
+    chat = _checked(messages, _tools(row), "messages")
+    weights = [_weight(turn.get("weight"), f"messages[{k}].weight") for k, turn in enumerate(turns)]
+    spoken = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    muted = tuple(k for k in spoken if weights[k] == 0)
+    if len(muted) == len(spoken):
+        problem = "every assistant turn of messages has weight 0"
+        raise RowError(problem, reason="all masked", fix="Such a row teaches nothing")
+    return replace(chat, muted=muted)
 
 
 def sharegpt_row(row: dict[str, Any]) -> Conversation:
@@ -75,6 +83,14 @@ def _openai_message(turn: Any, place: str) -> Message:
         message["tool_calls"] = _tool_calls(turn["tool_calls"], f"{place}.tool_calls")
     message.update({key: turn[key] for key in _KEPT_KEYS if turn.get(key) is not None})
     return message
+
+
+def _weight(weight: Any, place: str) -> int:
+    if weight is None:
+        return 1
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise RowError(f"{place} is neither 0 nor 1", reason="unknown weight", got=weight, allowed="0, 1")
+    return int(weight)
 
 
 def _content(content: Any, place: str) -> str | None:

@@ -26,13 +26,15 @@ class ChatText:
         text: all of it.
         spans: characters [start, end) that carry loss, in order.
         last_turn: index of the first span that belongs to the last assistant turn.
-        silent_turns: assistant turns without loss.
+        silent_turns: assistant turns that the template keeps from carrying loss.
+        muted: those of the spans whose turns are not to be learned.
     """
 
     text: str
     spans: list[Span]
     last_turn: int
     silent_turns: int
+    muted: list[Span]
 
     def last_said(self) -> str:
         """The text of the last assistant turn, with its end of turn."""
@@ -47,16 +49,16 @@ def find_spans(conversation: Conversation, tokenizer: Any) -> ChatText:
     """
     messages, tools = list(conversation.messages), conversation.tools
     text = render_chat(tokenizer, messages, tools)
-    before, spans = "", list[Span]()
+    before, own = "", dict[int, Span]()
     turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
     for k in turns:
         before = render_chat(tokenizer, messages[:k], tools, generation_prompt=True)
         whole = text if k == len(messages) - 1 else render_chat(tokenizer, messages[: k + 1], tools)
         end = _turn_end(whole, text, tokenizer.eos_token or "")
         if whole.startswith(before) and end > len(before):
-            spans.append((len(before), end))
+            own[k] = (len(before), end)
             _check_calls_written(messages[k], text[len(before) : end], k)
-    silent = len(turns) - len(spans)
+    spans, silent = list(own.values()), len(turns) - len(own)
     if _GENERATION_TAG.search(tokenizer.get_chat_template(tools=list(tools) or None)):
         marked = _marked_spans(conversation, tokenizer, text)
         closing = end_of_turn(tokenizer)
@@ -71,7 +73,21 @@ def find_spans(conversation: Conversation, tokenizer: Any) -> ChatText:
         )
     _check_nothing_dropped(conversation, text)
     last_turn = next((k for k, span in enumerate(spans) if span[1] > len(before)), len(spans) - 1)
-    return ChatText(text, spans, last_turn, silent)
+    return ChatText(text, spans, last_turn, silent, _muted_spans(conversation.muted, turns, own, spans))
+
+
+def _muted_spans(muted: tuple[int, ...], turns: list[int], own: dict[int, Span], spans: list[Span]) -> list[Span]:
+    """Those of `spans` that belong to `muted` turns; `own` is where turns stand by the generation prompt."""
+    if spans == list(own.values()) or all(k in own for k in muted):
+        areas = [own[k] for k in muted if k in own]
+        return [span for span in spans if any(span[0] < right and left < span[1] for left, right in areas)]
+    if len(spans) == len(turns):  # one mark a turn
+        return [spans[turns.index(k)] for k in muted]
+    raise RowError(
+        "the chat template does not show where the turns with weight 0 stand",
+        reason="no loss mask",
+        fix="Use a template whose text only grows with each turn (data.chat_template: chatml)",
+    )
 
 
 def _marked_spans(conversation: Conversation, tokenizer: Any, text: str) -> list[Span]:

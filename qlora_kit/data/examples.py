@@ -56,6 +56,8 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
+    muted: tuple[int, ...] = ()
+    """Indices of the assistant turns that are read, but not learned (`weight: 0`)."""
 
     def last_assistant(self) -> int:
         """Index of the last assistant turn; the schemas guarantee that there is one."""

@@ -65,7 +65,7 @@ def encode(example: Example, tokenizer: Any, section: DataSection) -> Encoded:
 def encode_whole(
     example: Example, tokenizer: Any, train_on: Literal["assistant", "all", "last_turn"] = "assistant"
 ) -> Encoded:
-    """`encode` whatever the length; `last_turn` puts loss on the last assistant turn alone.
+    """`encode` whatever the length; `last_turn` puts loss on the last assistant turn alone, muted or not.
 
     Raises:
         RowError, DataError: as `encode`, but for the length.
@@ -76,10 +76,10 @@ def encode_whole(
         )
     if isinstance(example, PromptCompletion) and tokenizer.chat_template:
         example = example.as_conversation()
-    silent = 0
+    silent, muted = 0, list[Span]()
     if isinstance(example, Conversation):
         chat = find_spans(example, tokenizer)
-        silent = chat.silent_turns
+        silent, muted = chat.silent_turns, [] if train_on == "last_turn" else chat.muted
         # The template has written bos itself where it is wanted.
         ids, offsets = _tokenize(tokenizer, chat.text, special=False)
         loss = span_mask(offsets, chat.spans[chat.last_turn :] if train_on == "last_turn" else chat.spans)
@@ -87,6 +87,8 @@ def encode_whole(
         ids, loss = _encode_plain(example, tokenizer)
     if train_on == "all":
         loss = np.ones_like(loss)
+    if muted:
+        loss &= ~span_mask(offsets, muted)
     loss[0] = False
     return Encoded(ids, np.where(loss, ids, np.int32(IGNORED)), silent_turns=silent)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,40 @@ def test_every_assistant_turn_of_many(chatml: Any, section: Any) -> None:
 def test_last_turn_only_for_scoring(chatml: Any) -> None:
     chat = turns(("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2"))
     assert runs(encode_whole(chat, chatml, "last_turn"), chatml) == ["a2<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama", "marked"])
+def test_a_muted_turn_carries_no_loss(name: str, request: Any, section: Any) -> None:
+    tokenizer = request.getfixturevalue(name)
+    chat = turns(("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2"))
+    heard = runs(encode(chat, tokenizer, section()), tokenizer)
+    for k, turn in enumerate((1, 3)):
+        muted = replace(chat, muted=(turn,))
+        row = encode(muted, tokenizer, section())
+        assert runs(row, tokenizer) == [heard[1 - k]] and row.silent_turns == 0
+        everything = encode(muted, tokenizer, section(train_on="all"))
+        assert not set(np.flatnonzero(everything.labels == IGNORED)[1:]) & set(np.flatnonzero(row.labels != IGNORED))
+        assert (
+            everything.loss_tokens
+            == len(row.labels) - 1 - encode(replace(chat, muted=(4 - turn,)), tokenizer, section()).loss_tokens
+        )
+        assert runs(encode_whole(muted, tokenizer, "last_turn"), tokenizer) == [heard[1]]
+
+
+def test_a_muted_turn_that_the_template_rewrites(reasoning: Any, marked: Any, section: Any) -> None:
+    chat = turns(("user", "u1"), ("assistant", "<think>x</think>a1"), ("user", "u2"), ("assistant", "a2"))
+    muted = replace(chat, muted=(1,))
+    assert runs(encode(muted, reasoning, section()), reasoning) == ["a2<|im_end|>"]
+    opened = "{{ '<|im_start|>assistant\n' }}{% endif %}"
+    assert opened in marked.chat_template
+    marked.chat_template = marked.chat_template.replace(opened, "{{ 'otherwise' }}{% endif %}")
+    assert runs(encode(muted, marked, section()), marked) == ["a2<|im_end|>"]
+    closed = "{% generation %}{{ m.content }}{% endgeneration %}"
+    marked.chat_template = marked.chat_template.replace(
+        closed, "{% generation %}{{ m.content[:1] }}{% endgeneration %}-{% generation %}.{% endgeneration %}"
+    )
+    with pytest.raises(RowError, match="does not show where the turns with weight 0 stand"):
+        encode(muted, marked, section())
 
 
 def test_last_turn_of_a_template_with_several_marks_a_turn(marked: Any) -> None:

@@ -59,6 +59,15 @@ def test_each_schema_is_detected(row: Any, example: Any, parse: Any) -> None:
     assert parse(row) == example
 
 
+@pytest.mark.parametrize(
+    ("weights", "muted"), [((0, 1), (1,)), ((1, 0.0), (3,)), ((None, None), ()), ((1, 1.0), ()), ((0, None), (1,))]
+)
+def test_openai_weights(weights: Any, muted: Any, parse: Any) -> None:
+    said = [SAID if weight is None else {**SAID, "weight": weight} for weight in weights]
+    row = {"messages": [{**USER, "weight": None}, said[0], USER, said[1]]}
+    assert parse(row) == Conversation((USER, SAID, USER, SAID), muted=muted)
+
+
 def test_openai_tools(parse: Any) -> None:
     openai_call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
     row = {
@@ -165,6 +174,7 @@ def with_call(call: Any) -> Any:
     return chat(USER, {"role": "assistant", "tool_calls": [call]})
 
 
+WEIGHTS = (0.5, 2, -1, "0", True, [1])
 ROWS = [
     ({"text": " \n"}, "text is empty"),
     ({"text": 5}, r"text is int, not text \(got 5\)"),
@@ -197,6 +207,8 @@ ROWS = [
         chat({"role": "user", "content": [{"type": "image_url"}]}, SAID),
         r"parts that are no text \(got \['image_url'\]\)",
     ),
+    *((chat(USER, {**SAID, "weight": weight}), r"messages\[1\]\.weight is neither 0 nor 1") for weight in WEIGHTS),
+    (chat(USER, {**SAID, "weight": 0}), "every assistant turn of messages has weight 0"),
     (with_call({"function": {"arguments": "{}"}}), r"tool_calls\[0\] names no function"),
     (with_call("add"), r"tool_calls\[0\] names no function"),
     (with_call({"function": {"name": "add", "arguments": "{x"}}), r"tool_calls\[0\]\.arguments is not valid JSON"),
