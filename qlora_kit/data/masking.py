@@ -17,6 +17,7 @@ from qlora_kit.data.examples import Conversation, Example, PlainText, PromptComp
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSection
 
+_ASSISTANT = "Set data.train_on: assistant"
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
@@ -86,6 +87,8 @@ def encode_whole(
     else:
         ids, loss = _encode_plain(example, tokenizer)
     if train_on == "all":
+        if isinstance(example, Conversation) and len(muted) < len(example.muted):
+            raise RowError("the chat template rewrites a turn with weight 0", reason="no loss mask", fix=_ASSISTANT)
         loss = np.ones_like(loss)
     if muted:
         loss &= ~span_mask(offsets, muted)

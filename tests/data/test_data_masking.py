@@ -89,6 +89,8 @@ def test_a_muted_turn_that_the_template_rewrites(reasoning: Any, marked: Any, se
     chat = turns(("user", "u1"), ("assistant", "<think>x</think>a1"), ("user", "u2"), ("assistant", "a2"))
     muted = replace(chat, muted=(1,))
     assert runs(encode(muted, reasoning, section()), reasoning) == ["a2<|im_end|>"]
+    with pytest.raises(RowError, match="rewrites a turn with weight 0"):
+        encode(muted, reasoning, section(train_on="all"))
     opened = "{{ '<|im_start|>assistant\n' }}{% endif %}"
     assert opened in marked.chat_template
     marked.chat_template = marked.chat_template.replace(opened, "{{ 'otherwise' }}{% endif %}")
