@@ -81,10 +81,19 @@ def _go_on_in_folder(session: Session, state: TrainState) -> None:
         run.note(note)
 
 
+def _changed(session: Session) -> str:
+    """The sources that are not as the manifest names them, for a message."""
+    paths = session.data.changed_since(session.run.manifest().get("data", {}))
+    return f" (changed: {', '.join(paths)})" if paths else ""
+
+
 def _check_same_conditions(session: Session, state: TrainState, checkpoint: Checkpoint) -> None:
     files = {
         "another base model than base.model now holds": (state.base_sha256, session.source.fingerprint()),
-        "other data than data.train and data.eval now hold": (state.data_sha256, session.data.sha256),
+        f"other data than data.train and data.eval now hold{_changed(session)}": (
+            state.data_sha256,
+            session.data.sha256,
+        ),
     }
     for what, (was, now) in files.items():
         if was != now:
