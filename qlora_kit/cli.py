@@ -93,9 +93,12 @@ def run_train(options: argparse.Namespace) -> None:
     from qlora_kit.train.progress import make_progress
 
     train(recipe, run, make_progress(options.mode), resume=bool(options.resume))
+    from accelerate import PartialState
+
     from qlora_kit.report import write_report
 
-    write_report(run.path)
+    if PartialState().is_main_process:
+        write_report(run.path)
 
 
 def run_eval(options: argparse.Namespace) -> None:

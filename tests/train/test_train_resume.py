@@ -86,7 +86,7 @@ def test_a_resume_with_other_data_is_refused(tmp_path: Path, run: RunFolder) -> 
         path = tmp_path / f"{name}.jsonl"
         before = path.read_text()
         path.write_text(before.replace("bridge", "bridges", 1))
-        with pytest.raises(CheckpointError, match=r"step-000002 was trained on other data than data\.train.*changed: .*jsonl"):
+        with pytest.raises(CheckpointError, match=r"step-000002 was trained on other data .*changed: .*jsonl"):
             resume_here(run)
         path.write_text(before)
     resume_here(run)
