@@ -17,7 +17,7 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         RunError: the disk is full.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
