@@ -36,6 +36,8 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/check_resume"))
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks)")
     options = parser.parse_args()
+    if "=" in options.recipe:
+        options.recipe, options.overrides = parser.get_default("recipe"), [options.recipe, *options.overrides]
     bench_runs.RESULTS = options.out or bench_runs.RESULTS
     whole, killed = options.runs / "whole", options.runs / "killed"
     for run in (whole, killed):

@@ -55,9 +55,9 @@ class LoraLinear(nn.Module):
         shape_a, shape_b = (settings.rank, self.in_features), (self.out_features, settings.rank)
         self.lora_A = nn.Parameter(torch.empty(shape_a, dtype=settings.dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(shape_b, dtype=settings.dtype, device=device))
-        fresh = torch.empty(shape_a)  # drawn in fp32 on the CPU: the same on every device
+        fresh = torch.empty(shape_a)  # drawn on the CPU, rounded to bf16: the same on every device, in every dtype
         nn.init.kaiming_uniform_(fresh, a=math.sqrt(5))
-        self.lora_A.data.copy_(fresh)
+        self.lora_A.data.copy_(fresh.bfloat16())
 
     @property
     def bias(self) -> nn.Parameter | None:

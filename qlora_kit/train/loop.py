@@ -19,7 +19,7 @@ from qlora_kit.train.checkpoint import TrainState
 from qlora_kit.train.determinism import seed_for
 from qlora_kit.train.failures import not_finite, out_of_memory
 from qlora_kit.train.loss import count_loss_tokens, row_losses, token_losses
-from qlora_kit.train.optim import clip_gradients, lr_at
+from qlora_kit.train.optim import clip_factor, gradient_norm, lr_at
 from qlora_kit.train.progress import Progress, QuietProgress
 from qlora_kit.train.resume import begin, resume_from_checkpoint
 from qlora_kit.train.run_folder import RunFolder
@@ -111,14 +111,14 @@ def train_step(session: Session, step: int) -> StepStats:
 
     scale = scaler.factor
     scaler.unscale(parameters)
-    norm = clip_gradients(parameters, train.max_grad_norm)
+    norm = gradient_norm(parameters)
     overflow = not math.isfinite(norm)
     if not math.isfinite(loss) or (overflow and (scale is None or scale < LOWEST_LOSS_SCALE)):
         raise not_finite(session, step, loss, norm, micro_batches)
     lr = lr_at(step, train.lr, train.schedule, train.warmup_steps, session.total_steps)
     optimizer.set_lr(lr)
     if not overflow:
-        optimizer.step()
+        optimizer.step(clip_factor(norm, train.max_grad_norm))
     scaler.update(overflow)
     optimizer.zero_grad()
     return StepStats(loss, lr, norm, tokens, loss_tokens, time.perf_counter() - started, scale, overflow)

@@ -58,18 +58,19 @@ class AdapterOptimizer:
                     self.low_bits[name] = torch.zeros_like(parameter, dtype=torch.int16)
             self._inner[name] = make([master])
 
-    def step(self) -> None:
-        """One update from the gradients, at the rate given to `set_lr`."""
+    def step(self, scale: float = 1.0) -> None:
+        """One update from the gradients times `scale`, at the rate given to `set_lr`."""
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
             if name not in self._masters:
+                parameter.grad.mul_(scale)
                 self._inner[name].step()
                 continue
             master = self._masters[name]
             low = self.low_bits.get(name)
             master.data = parameter.detach().float() if low is None else join_fp32(parameter.detach(), low)
-            master.grad = parameter.grad.float()
+            master.grad = parameter.grad.float() * scale  # in fp32: bf16 would round once more
             self._inner[name].step()
             high, new_low = split_fp32(master.data)
             parameter.data.copy_(high)
@@ -188,13 +189,14 @@ def lr_at(step: int, peak: float, schedule: str, warmup_steps: int, total_steps:
     return peak * (1 - done) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> float:
-    """Global gradient norm, summed in fp32 whatever the gradients' dtype; scales them down to `max_norm` in place."""
+def gradient_norm(parameters: list[nn.Parameter]) -> float:
+    """Global gradient norm, summed in fp32 whatever the gradients' dtype."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         return 0.0
-    norm = torch.stack([grad.float().square().sum() for grad in grads]).sum().sqrt().item()
-    if max_norm is not None and norm > max_norm and math.isfinite(norm):
-        for grad in grads:
-            grad.mul_(max_norm / norm)
-    return norm
+    return torch.stack([grad.float().square().sum() for grad in grads]).sum().sqrt().item()
+
+
+def clip_factor(norm: float, max_norm: float | None) -> float:
+    """What gradients of this global norm are multiplied with to have at most `max_norm` (Pascanu et al. 2013)."""
+    return max_norm / norm if max_norm is not None and norm > max_norm else 1.0
