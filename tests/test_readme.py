@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 from qlora_runtime.cli import build_parser as build_runtime_parser
+from qlora_runtime.cli import main as runtime_main
 from tiny_models import save_tiny_model
+from tiny_run import write_recipe
 
 from qlora_kit.cli import main
 from qlora_kit.options import parse_options
@@ -64,13 +68,42 @@ def test_command(command: str) -> None:
         assert tool in {"cd", "git", "python", "source"}, f"nothing checks {tool}"
 
 
-def test_the_recipe_in_the_readme_trains_on_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_in_order(section: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the section's qlora-kit and qlora-runtime commands; those that read a recipe with `overrides`."""
+    text = TEXT.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    lines = [line for block in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S) for line in block.splitlines()]
+    for line in lines:
+        tool, *arguments = shlex.split(line, comments=True)
+        if getattr(parse_options(arguments) if tool == "qlora-kit" else None, "recipe", None):
+            arguments += overrides
+        monkeypatch.setattr("sys.stdin", io.StringIO("What do bees make?\n"))
+        assert (runtime_main if tool == "qlora-runtime" else main)(arguments) == 0, line
+    assert len(lines) >= 4
+
+
+def test_the_section_on_own_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text(blocks("json")[0], encoding="utf-8")
     (tmp_path / "my.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
     model = save_tiny_model(tmp_path / "model")
-    assert main(["train", "my.yaml", "--quiet", f"base.model={model}", "eval.max_new_tokens=4"]) == 0
-    assert (tmp_path / "runs" / "first" / "adapter" / "adapter_model.safetensors").is_file()
+    run_in_order("Your own data", [f"base.model={model}", "eval.max_new_tokens=4"], monkeypatch)
+    run = tmp_path / "runs" / "first"
+    assert (run / "adapter" / "adapter_model.safetensors").is_file() and (run / "bundles" / "int8").is_dir()
+    assert main(["train", "--resume", "runs/first", "--quiet"]) == 0
+
+
+def test_the_quick_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path / "tiny", save_tiny_model(tmp_path / "model"))
+    tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    fields = ["base.model", "data.train", "data.eval", "train.threads", "eval.max_new_tokens", "eval.choices"]
+    overrides = ["train.max_steps=12", "adapter.rank=4", "export.verify_prompts=4"]
+    for field in fields:
+        section, key = field.split(".")
+        overrides.append(f"{field}={json.dumps(tree[section][key])}")
+    run_in_order("A quick tour", overrides, monkeypatch)
+    results = json.loads((tmp_path / "runs/smollm2-sentiment/eval/results.json").read_text(encoding="utf-8"))
+    assert len(results["forms"]) == 6
 
 
 def test_fields_in_the_text_are_fields_of_the_recipe() -> None:

@@ -12,7 +12,15 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 from transformers.optimization import get_linear_schedule_with_warmup
 
 from qlora_kit.errors import CheckpointError
-from qlora_kit.train.optim import AdapterOptimizer, clip_factor, gradient_norm, join_fp32, lr_at, optimizer_maker, split_fp32
+from qlora_kit.train.optim import (
+    AdapterOptimizer,
+    clip_factor,
+    gradient_norm,
+    join_fp32,
+    lr_at,
+    optimizer_maker,
+    split_fp32,
+)
 
 CPU = torch.device("cpu")
 NOTABLE = [0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x00008000, 0x3F800000, 0x3F808000,
