@@ -141,7 +141,7 @@ def report(options: argparse.Namespace, kills: list[Any], digests: dict[str, str
         f"    never killed  {digests['whole']}\n    killed        {digests['killed']}\n\n"
         "| kill | in | last step logged | left half written |\n|---|---|---|---|\n"
         + "\n".join(rows)
-        + "\n\n`python scripts/check_resume.py` on "
+        + f"\n\n`python scripts/check_resume.py {' '.join([options.recipe, *options.overrides])}` on "
         + hardware_line(env)
     )
     tree = {"recipe": options.recipe, "overrides": options.overrides, "seed": options.seed, "kills": kills}
