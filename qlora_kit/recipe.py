@@ -4,28 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Positive = Annotated[int, Field(ge=1)]
-Text = Annotated[str, Field(min_length=1)]
-ONE, SEVERAL = "<one>", "<several>"  # which form of a field an error speaks of
+from qlora_kit.adapters.settings import AnyAdapterSettings, LoraSettings
+from qlora_kit.section import ONE, SEVERAL, Name, Positive, Section, Text, one_or_several
 
-
-def _form(value: object) -> str:
-    return SEVERAL if isinstance(value, list) else ONE
-
-
-TextOrTexts = Annotated[Annotated[Text, Tag(ONE)] | Annotated[list[Text], Tag(SEVERAL)], Discriminator(_form)]
 Schema = Literal["text", "prompt_completion", "alpaca", "messages", "sharegpt"]
-
-
-class Section(BaseModel):
-    """Frozen, and refuses keys it does not know: a typo is an error, never a silent default."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class RunSection(Section):
@@ -52,31 +36,6 @@ class BaseSection(Section):
     """Runs Python code from the model's repository. Off unless you read that code."""
 
 
-class AdapterSection(Section):
-    method: Literal["lora"] = "lora"
-    """Low-rank adaptation (Hu et al. 2021)."""
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Columns of B and rows of A."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The delta is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)."""
-    use_rslora: bool = False
-    """Rank-stabilized scaling (Kalajdzievski 2023)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the input of A."""
-    bias: Literal["none", "lora_only", "all"] = "none"
-    """Which biases of the base are trained as well."""
-    target_modules: TextOrTexts = "all-linear"
-    """`all-linear` (all but the head), a regular expression that matches whole names, or a list of name endings."""
-    modules_to_save: list[Text] = []
-    """Modules trained in full and saved with the adapter; a tied head stays tied."""
-    new_tokens: list[Text] = []
-    """Tokens added to the vocabulary; embedding and head are then trained and saved."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Storage of the adapter's weights."""
-    keep_precision: bool = True
-    """Keep the low 16 bits of a bf16 weight beside it, so that small updates are not lost (2 bytes a weight)."""
-
-
 class DataSource(Section):
     path: Annotated[str, Field(min_length=1)]
     """File (.jsonl .json .csv .parquet), a folder's glob is not expanded; or a `datasets` hub id."""
@@ -92,7 +51,8 @@ class DataSource(Section):
 
 class DataSection(Section):
     train: Annotated[
-        Annotated[Text, Tag(ONE)] | Annotated[list[DataSource], Tag(SEVERAL), Field(min_length=1)], Discriminator(_form)
+        Annotated[Text, Tag(ONE)] | Annotated[list[DataSource], Tag(SEVERAL), Field(min_length=1)],
+        Discriminator(one_or_several),
     ]
     """One path or hub id, or a list of weighted sources."""
     eval: Text | None = None
@@ -212,7 +172,7 @@ class Recipe(Section):
 
     run: RunSection
     base: BaseSection
-    adapter: AdapterSection = AdapterSection()
+    adapter: AnyAdapterSettings = LoraSettings()
     data: DataSection
     train: TrainSection
     eval: EvalSection = EvalSection()

@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from qlora_kit.adapters.settings import SETTINGS
 from qlora_kit.errors import RecipeError
-from qlora_kit.recipe import ONE, SEVERAL, DataSection, DataSource, Recipe
+from qlora_kit.recipe import DataSection, DataSource, Recipe
+from qlora_kit.section import ONE
 
 _SCALARS = {  # tag, pattern and first characters of YAML 1.2's core schema (section 10.3.2); null is as in 1.1
     "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
@@ -170,12 +172,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(item: Any) -> str:
-    place = tuple(part for part in item["loc"] if part not in (ONE, SEVERAL))
+    place = tuple(part for part in item["loc"] if not str(part).startswith("<"))  # without names of forms
     field = ".".join(str(part) for part in place) or "recipe"
+    if item["type"] == "union_tag_invalid":
+        return f"{field}.method: got {item['input']['method']!r}; allowed: {', '.join(SETTINGS)}"
     if item["type"] == "missing":
         return f"{field}: missing; give it a value"
     if item["type"] == "extra_forbidden":
-        return f"{field}: unknown key (got {item['input']!r}); remove it or correct its spelling{_nearest(place)}"
+        return f"{field}: unknown key (got {item['input']!r}); remove it or correct its spelling{_nearest(item['loc'])}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and not place:
         return message
@@ -190,9 +194,12 @@ def _nearest(place: tuple[Any, ...]) -> str:
     """A close name that the section at `place` does have, or all of them."""
     model: Any = Recipe
     for part in place[:-1]:
-        if part == "train" and model is DataSection:
+        method = SETTINGS.get(str(part).strip("<>"))
+        if method is not None and model is not Recipe:
+            model = method
+        elif part == "train" and model is DataSection:
             model = DataSource
-        elif isinstance(part, str):
+        elif isinstance(part, str) and not part.startswith("<"):
             model = model.model_fields[part].annotation
     names = [field.alias or name for name, field in model.model_fields.items()]
     close = difflib.get_close_matches(str(place[-1]), names, n=1)

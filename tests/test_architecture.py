@@ -14,11 +14,12 @@ LAYERS = {  # part of qlora_kit: the parts it may import, besides itself, errors
     "atomic": set(),
     "kernels": set(),
     "model": {"kernels"},
-    "adapters": {"kernels", "model"},
-    "recipe": set(),
-    "recipe_file": {"recipe"},
+    "section": set(),
+    "adapters": {"section", "kernels", "model"},
+    "recipe": {"section", "adapters"},
+    "recipe_file": {"section", "recipe", "adapters"},
     "doctor": set(),
-    "plan": {"recipe", "model"},
+    "plan": {"recipe", "model", "adapters"},
     "data": {"recipe"},
     "train": {"recipe", "recipe_file", "kernels", "adapters", "model", "data", "generate"},
     "generate": {"model", "data", "train"},
@@ -75,6 +76,8 @@ def test_imports_run_one_way(file: Path) -> None:
         assert other in LAYERS[part] | {part, "errors", "atomic"}, f"{part} must not import {module}"
         if part == "data" and other == "recipe":
             assert names <= OF_DATA, "data sees its own section of the recipe alone"
+        if part in ("recipe", "recipe_file", "plan") and other == "adapters":
+            assert module == "qlora_kit.adapters.settings", f"{part} must import no torch"
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from qlora_kit.adapters.inject import inject_lora
-from qlora_kit.adapters.lora import LoraSettings
+from qlora_kit.adapters.lora import Lora
+from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.plan import ARCHITECTURES, Plan, find_config, model_shapes, plan, print_plan
 from qlora_kit.plan.memory import optimizer_bytes
@@ -198,7 +198,7 @@ def test_all_linear_leaves_out_what_is_trained_in_full() -> None:
     settings = LoraSettings(rank=16, modules_to_save=adapter["modules_to_save"])  # type: ignore[arg-type]
     assert isinstance(model, PreTrainedModel)
     found = plan(recipe_of(adapter=adapter), config)
-    assert found.targets == inject_lora(model, settings)
+    assert found.targets == Lora(settings).inject(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert found.trainable_parameters == trained
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.adapters.lora import LoraLinear, LoraSettings
+from qlora_kit.adapters.layer import LINEAR, AdaptedLinear, LinearLayer
+from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.quantized import QuantizedLinear
 
-LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
+WrapLayer = Callable[[LinearLayer, str], AdaptedLinear]
 
 
 def find_targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
@@ -52,10 +52,14 @@ def find_targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
     return [name for name in linear if any(_ends_with(name, entry) for entry in wanted)]
 
 
-def inject_lora(model: PreTrainedModel, settings: LoraSettings, targets: list[str] | None = None) -> list[str]:
-    """Freezes `model`, wraps its target layers as LoraLinear and marks `modules_to_save` trainable, in place.
+def inject_layers(
+    model: PreTrainedModel, settings: AdapterSettings, wrap: WrapLayer, targets: list[str] | None = None
+) -> list[str]:
+    """Freezes `model`, replaces its target layers by wrapped ones and marks `modules_to_save` trainable, in place.
 
     Args:
+        settings: target_modules and bias, where the method has them, say which layers and biases are trained.
+        wrap: makes the adapted layer from the frozen one and its name.
         targets: full layer names; found from settings.target_modules when left out.
 
     Returns: the names of the wrapped layers.
@@ -63,12 +67,13 @@ def inject_lora(model: PreTrainedModel, settings: LoraSettings, targets: list[st
     Raises:
         AdapterError: targets or modules_to_save name nothing, or one layer is asked for both.
     """
-    if any(lora_layers(model)):
+    if any(adapted_layers(model)):
         raise AdapterError("the model already holds an adapter", fix="Load the base again")
+    wanted = getattr(settings, "target_modules", "all-linear")
     saved = expand_modules_to_save(model, settings.modules_to_save)
     if targets is None:
-        targets = find_targets(model, settings.target_modules)
-        if settings.target_modules == "all-linear":
+        targets = find_targets(model, wanted)
+        if wanted == "all-linear":
             targets = [name for name in targets if not _inside(name, saved)]
     both = [name for name in targets if _inside(name, saved)]
     if both:
@@ -82,10 +87,10 @@ def inject_lora(model: PreTrainedModel, settings: LoraSettings, targets: list[st
             untie_head(model)  # the delta is the head's alone
         base: Any = model.get_submodule(name)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoraLinear(base, settings))
+        setattr(model.get_submodule(parent), child, wrap(base, name))
     for name in saved:
         _train_in_full(model, model.get_submodule(name), dtype)
-    _train_biases(model, settings.bias, dtype)
+    train_biases(model, getattr(settings, "bias", "none"), dtype)
     return targets
 
 
@@ -122,9 +127,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     """The wrapped layers with their full names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
 
 
 def is_tied_head(model: PreTrainedModel, module: nn.Module | None) -> bool:
@@ -143,12 +148,12 @@ def untie_head(model: PreTrainedModel) -> None:
     model.all_tied_weights_keys = {}
 
 
-def _train_biases(model: PreTrainedModel, which: str, dtype: torch.dtype) -> None:
+def train_biases(model: PreTrainedModel, which: str, dtype: torch.dtype) -> None:
     """Marks biases trainable: none, those of targets (lora_only), or all."""
     for name, module in list(model.named_modules()):
         bias = getattr(module, "bias", None)
         target = name.endswith(".base_layer")
-        if isinstance(module, LoraLinear) or not isinstance(bias, nn.Parameter):
+        if isinstance(module, AdaptedLinear) or not isinstance(bias, nn.Parameter):
             continue
         if which == "all" or (which == "lora_only" and target):
             if dtype == torch.float16 and not bias.requires_grad:

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
-from qlora_kit.kernels.frozen_linear import ExpandWeight
+from qlora_kit.adapters.inject import inject_layers
+from qlora_kit.adapters.layer import AdaptedLinear, LinearLayer
+from qlora_kit.adapters.method import DTYPES, Method
+from qlora_kit.adapters.peft_config import check_low_rank_config, low_rank_config, read_low_rank_config
+from qlora_kit.adapters.settings import LoraSettings, LowRankSettings
 from qlora_kit.kernels.lora_linear import lora_linear, lora_linear_reference
-from qlora_kit.model.quantized import QuantizedLinear
 
-LinearLayer = nn.Linear | Conv1D | QuantizedLinear
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """What a LoRA adapter is, apart from its weights. Fields as in the recipe's adapter section."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    use_rslora: bool = False
-    dropout: float = 0.0
-    bias: str = "none"
-    target_modules: str | list[str] = "all-linear"
-    modules_to_save: list[str] = field(default_factory=list)
-    new_tokens: list[str] = field(default_factory=list)
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+L = TypeVar("L", bound=LowRankSettings)
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(AdaptedLinear):
     """y = base(x) + scaling · B A dropout(x), the base frozen.
 
     Args:
@@ -46,26 +31,16 @@ class LoraLinear(nn.Module):
     implementation (microsoft/LoRA), so that training starts at the base model's function.
     """
 
-    def __init__(self, base: LinearLayer, settings: LoraSettings) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.scaling, self.dropout = settings.scaling, settings.dropout
-        self.in_features, self.out_features = linear_shape(base)
-        device = next(tensor.device for tensor in (*base.buffers(), *base.parameters()))
-        shape_a, shape_b = (settings.rank, self.in_features), (self.out_features, settings.rank)
-        self.lora_A = nn.Parameter(torch.empty(shape_a, dtype=settings.dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(shape_b, dtype=settings.dtype, device=device))
-        fresh = torch.empty(shape_a)  # drawn on the CPU, rounded to bf16: the same on every device, in every dtype
+    def __init__(self, base: LinearLayer, settings: LowRankSettings) -> None:
+        super().__init__(base)
+        self.rank, self.scaling, self.dropout = settings.rank, settings.scaling, settings.dropout
+        kind: Any = {"dtype": DTYPES[settings.dtype], "device": self.device}
+        self.lora_A = nn.Parameter(torch.empty(self.rank, self.in_features, **kind))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, self.rank, **kind))
+        # Drawn on the CPU, rounded to bf16: the same on every device, in every dtype.
+        fresh = torch.empty(self.rank, self.in_features)
         nn.init.kaiming_uniform_(fresh, a=math.sqrt(5))
         self.lora_A.data.copy_(fresh.bfloat16())
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        return self.base_layer.bias
-
-    @property
-    def expand(self) -> ExpandWeight:
-        return weight_expander(self.base_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""
@@ -79,17 +54,43 @@ class LoraLinear(nn.Module):
         """scaling · B A, float32 [out, in]."""
         return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
 
-
-def linear_shape(layer: LinearLayer) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer; Conv1D stores its weight as [in, out]."""
-    if isinstance(layer, Conv1D):
-        return layer.weight.shape[0], layer.weight.shape[1]
-    return layer.in_features, layer.out_features
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """(W + scaling · B A, scaling · B A), float32 [out, in], W expanded in fp32."""
+        delta = self.delta()
+        return self.expand(torch.float32) + delta, delta
 
 
-def weight_expander(layer: LinearLayer) -> ExpandWeight:
-    """The function that gives a frozen layer's weight [out, in] in a dtype."""
-    if isinstance(layer, QuantizedLinear):
-        return layer.dequantize
-    weight = layer.weight.detach()
-    return (weight.T if isinstance(layer, Conv1D) else weight).to
+class LowRank(Method[L]):
+    """A method whose adapter is one layer of `layer_class` for each target."""
+
+    peft_type = "LORA"
+    stored_as: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    layer_class: ClassVar[type[LoraLinear]] = LoraLinear
+
+    def inject(self, model: PreTrainedModel, targets: list[str] | None = None) -> list[str]:
+        def wrap(layer: LinearLayer, name: str) -> AdaptedLinear:
+            return self.layer_class(layer, self.settings.for_layer(name))
+
+        return inject_layers(model, self.settings, wrap, targets)
+
+    def config(self, model: PreTrainedModel) -> dict[str, Any]:
+        return low_rank_config(model, self.settings)
+
+    @classmethod
+    def check_config(cls, config: dict[str, Any], origin: Path) -> None:
+        check_low_rank_config(config, origin)
+
+    def lr_factor(self, name: str) -> float:
+        return self.settings.lr_ratio if name.endswith("lora_B") else 1.0
+
+
+class Lora(LowRank[LoraSettings]):
+    """LoRA; with lr_ratio, LoRA+."""
+
+    @classmethod
+    def reads(cls, config: dict[str, Any]) -> bool:
+        return super().reads(config) and not config.get("use_dora")
+
+    @classmethod
+    def read_config(cls, config: dict[str, Any], tensors: dict[str, Tensor], origin: Path) -> LoraSettings:
+        return read_low_rank_config(LoraSettings, config, tensors, origin)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.adapters.inject import expand_modules_to_save, lora_layers
-from qlora_kit.adapters.lora import LoraSettings
+from qlora_kit.adapters.inject import adapted_layers
+from qlora_kit.adapters.method import dtype_name
+from qlora_kit.adapters.settings import LowRankSettings
 from qlora_kit.errors import AdapterError
 
 UNSUPPORTED = {
-    "use_dora": False,
     "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
     "trainable_token_indices": None,
     "layer_replication": None,
     "target_parameters": None,
@@ -33,39 +31,32 @@ UNSUPPORTED = {
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations that change the base weights too: such an adapter is nothing without its own base."""
 BIASES = ("none", "lora_only", "all")
+L = TypeVar("L", bound=LowRankSettings)
 
 
-def config_tree(model: PreTrainedModel, settings: LoraSettings, base_model: str) -> dict[str, Any]:
-    """adapter_config.json of the adapter in `model`, as plain data."""
-    layers = dict(lora_layers(model))
+def low_rank_config(model: PreTrainedModel, settings: LowRankSettings) -> dict[str, Any]:
+    """The fields of a LoRA adapter's adapter_config.json, as plain data."""
+    layers = dict(adapted_layers(model))
     alpha = settings.alpha
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
         "r": settings.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,  # some readers take integers only
         "lora_dropout": settings.dropout,
         "use_rslora": settings.use_rslora,
+        "rank_pattern": settings.rank_pattern,
+        "alpha_pattern": settings.alpha_pattern,
         "bias": settings.bias,
         "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
         "target_modules": _short_names(model, list(layers)),
-        "modules_to_save": expand_modules_to_save(model, settings.modules_to_save) or None,
     }
 
 
-def check_config(config: Any, origin: Path) -> None:
-    """Refuses what is not a LoRA adapter that this toolkit can compute.
+def check_low_rank_config(config: dict[str, Any], origin: Path) -> None:
+    """Refuses what makes a LoRA adapter another one than this toolkit can compute.
 
     Raises:
         AdapterError: names the field.
     """
-    if not isinstance(config, dict):
-        raise AdapterError(f"{origin} is not a JSON object", fix="Save the adapter again")
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{origin}: peft_type", got=kind, allowed="LORA")
     for name, plain in UNSUPPORTED.items():
         if config.get(name, plain) not in (plain, None):
             raise AdapterError(f"{origin}: {name} is not supported", got=config[name], allowed=f"{plain!r}")
@@ -80,31 +71,36 @@ def check_config(config: Any, origin: Path) -> None:
         raise AdapterError(f"{origin}: bias", got=config["bias"], allowed=", ".join(BIASES))
 
 
-def settings_of(config: dict[str, Any], tensors: dict[str, Tensor], origin: Path) -> LoraSettings:
-    """The settings that a checked configuration means.
+def read_low_rank_config(
+    kind: type[L], config: dict[str, Any], tensors: dict[str, Tensor], origin: Path, **more: Any
+) -> L:
+    """The settings of class `kind` that a checked configuration means.
 
     Raises:
         AdapterError: a field is missing, or not of its type.
     """
-    dtypes = {tensor.dtype for key, tensor in tensors.items() if ".lora_" in key}
     try:
-        settings = LoraSettings(
+        return kind(
             rank=int(config["r"]),
             alpha=float(config["lora_alpha"]),
             use_rslora=bool(config.get("use_rslora", False)),
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern={key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
             dropout=float(config.get("lora_dropout", 0.0)),
             bias=config.get("bias", "none"),
             target_modules=config["target_modules"],
             modules_to_save=list(config.get("modules_to_save") or []),
-            dtype=torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32,
+            dtype=dtype_name(tensors, (".lora_",)),
+            **more,
         )
     except KeyError as error:
         raise AdapterError(f"{origin}: field {error} is missing", fix="Save the adapter again") from None
-    except (TypeError, ValueError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = {"rank": "r", "alpha": "lora_alpha"}.get(str(first["loc"][0]), str(first["loc"][0]))
+        raise AdapterError(f"{origin}: {name}: {first['msg'].lower()}", got=first["input"]) from None
+    except (TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{origin}: a field has a wrong type: {error}", fix="Save the adapter again") from None
-    if settings.rank < 1:
-        raise AdapterError(f"{origin}: r", got=settings.rank, allowed="1 or more")
-    return settings
 
 
 def _short_names(model: PreTrainedModel, targets: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ Tensor names are PEFT's: `base_model.model.NAME.lora_A.weight` [rank, in], `….
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ from transformers import PreTrainedModel
 
 from qlora_kit.adapters.inject import (
     expand_modules_to_save,
-    inject_lora,
     is_tied_head,
     trainable_parameters,
     untie_head,
 )
-from qlora_kit.adapters.lora import LoraSettings
-from qlora_kit.adapters.peft_config import check_config, config_tree, settings_of
+from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.methods import stored_method
 from qlora_kit.errors import AdapterError
 
 PREFIX = "base_model.model."
@@ -36,27 +35,48 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 class StoredAdapter:
     """An adapter as it lies on disk: PEFT's configuration, and tensors by PEFT's names."""
 
+    method: type[Method[Any]]
     config: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    def layers(self) -> list[str]:
+        """Full names of the layers that hold tensors of the method's own."""
+        found = {}
+        for key in self.tensors:
+            for stored in self.method.stored_as.values():
+                if key.endswith(f".{stored}"):
+                    found[key.removeprefix(PREFIX).removesuffix(f".{stored}")] = True
+        return list(found)
 
-def adapter_tensors(model: PreTrainedModel, settings: LoraSettings) -> dict[str, Tensor]:
+
+def adapter_tensors(model: PreTrainedModel, method: Method[Any]) -> dict[str, Tensor]:
     """All trained tensors of `model` by PEFT's names, on the CPU, contiguous."""
     tensors: dict[str, Tensor] = {}
-    for name in trainable_parameters(model):
-        key = f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name
-        tensors[PREFIX + key] = model.get_parameter(name)
-    for name in expand_modules_to_save(model, settings.modules_to_save):  # a tied weight under both its names
+    for name, parameter in trainable_parameters(model).items():
+        tensors[PREFIX + method.stored_name(name)] = parameter
+    for name in expand_modules_to_save(model, method.settings.modules_to_save):  # a tied weight under both its names
         for child, parameter in model.get_submodule(name).named_parameters():
             tensors[f"{PREFIX}{name}.{child}"] = parameter
     return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in sorted(tensors.items())}
 
 
-def save_adapter(model: PreTrainedModel, settings: LoraSettings, folder: Path, base_model: str) -> None:
+def save_adapter(model: PreTrainedModel, method: Method[Any], folder: Path, base_model: str) -> None:
     """Writes the adapter of `model` into `folder`, which PEFT's `PeftModel.from_pretrained` can load."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_tensors(model, settings), folder / WEIGHTS, metadata={"format": "pt"})
-    config = config_tree(model, settings, base_model)
+    config = {
+        "peft_type": method.peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        **method.config(model),
+        "modules_to_save": expand_modules_to_save(model, method.settings.modules_to_save) or None,
+    }
+    write_adapter(folder, config, adapter_tensors(model, method))
+
+
+def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes the two files of an adapter into `folder`, which is there."""
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -75,46 +95,47 @@ def read_adapter(folder: Path) -> StoredAdapter:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{folder / CONFIG} is not JSON: {error}", fix="Save the adapter again") from None
-    check_config(config, folder / CONFIG)
+    method = stored_method(config, folder / CONFIG)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise AdapterError(f"{folder / WEIGHTS} is damaged: {error}", fix="Copy or save the adapter again") from None
-    return StoredAdapter(config, tensors)
+    return StoredAdapter(method, config, tensors)
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> LoraSettings:
+def load_adapter(model: PreTrainedModel, folder: Path) -> Method[Any]:
     """Injects the adapter in `folder` into `model` and fills it, in place.
 
     Raises:
         AdapterError: damaged files, or tensors that do not fit this model (each named).
     """
     stored = read_adapter(folder)
-    targets = [_layer_name(key) for key in stored.tensors if key.endswith(".lora_A.weight")]
-    settings = settings_of(stored.config, stored.tensors, folder / CONFIG)
-    settings = replace(settings, modules_to_save=_saved_modules(stored))
+    targets = stored.layers()
+    settings = stored.method.read_config(stored.config, stored.tensors, folder / CONFIG)
+    settings = settings.model_copy(update={"modules_to_save": _saved_modules(stored)})
     modules = dict(model.named_modules())
     unknown = [name for name in targets + settings.modules_to_save if name not in modules]
-    if unknown or not targets:
-        what = f"this one has no layer {unknown[0]}" if unknown else "it holds no LoRA tensor"
+    if unknown or (stored.method.stored_as and not targets):
+        what = f"this one has no layer {unknown[0]}" if unknown else f"it holds no {stored.method.__name__} tensor"
         raise AdapterError(
             f"{folder}: the adapter was made for another model; {what}",
             fix="Load it on the base model it was trained on",
         )
     _match_embeddings(model, stored, folder)
-    inject_lora(model, settings, targets)
-    fill_adapter(model, settings, stored.tensors, str(folder))
-    return settings
+    method = stored.method(settings)
+    method.inject(model, targets)
+    fill_adapter(model, method, stored.tensors, str(folder))
+    return method
 
 
-def fill_adapter(model: PreTrainedModel, settings: LoraSettings, tensors: dict[str, Tensor], origin: str) -> None:
+def fill_adapter(model: PreTrainedModel, method: Method[Any], tensors: dict[str, Tensor], origin: str) -> None:
     """Copies tensors by PEFT's names into an injected model; every trained tensor must be there, and no other.
 
     Raises:
         AdapterError: a tensor is missing, unexpected, of another shape, or not finite.
     """
-    expected = {key: tensor.shape for key, tensor in adapter_tensors(model, settings).items()}
+    expected = {key: tensor.shape for key, tensor in adapter_tensors(model, method).items()}
     missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or surplus:
         name, what = (missing[0], "is missing") if missing else (surplus[0], "is not part of this model's adapter")
@@ -124,21 +145,17 @@ def fill_adapter(model: PreTrainedModel, settings: LoraSettings, tensors: dict[s
             raise AdapterError(f"{origin}: shape of {key}", got=list(tensor.shape), allowed=str(list(expected[key])))
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{origin}: {key} holds NaN or Inf", fix="Use an earlier checkpoint")
+    own = {method.stored_name(name): name for name in trainable_parameters(model)}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        if name.endswith((".lora_A.weight", ".lora_B.weight")):
-            name = name.removesuffix(".weight")
-        model.get_parameter(name).data.copy_(tensor)
-
-
-def _layer_name(key: str) -> str:
-    return key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        model.get_parameter(own.get(name, name)).data.copy_(tensor)
 
 
 def _saved_modules(stored: StoredAdapter) -> list[str]:
     """Modules stored in full, by their tensors: PEFT stores resized embeddings too, which its config does not name,
     and matches names differently (its `norm` means `input_layernorm` as well)."""
-    names = {key.removeprefix(PREFIX).removesuffix(".weight") for key in stored.tensors if ".lora_" not in key}
+    own = tuple(f".{name}" for name in stored.method.stored_as.values())
+    names = {key.removeprefix(PREFIX).removesuffix(".weight") for key in stored.tensors if not key.endswith(own)}
     return sorted(name for name in names if f"{PREFIX}{name}.weight" in stored.tensors)
 
 

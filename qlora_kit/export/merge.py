@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.adapters.lora import LoraLinear, weight_expander
+from qlora_kit.adapters.layer import AdaptedLinear
 from qlora_kit.errors import ExportError
 from qlora_kit.model.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
 class LayerDelta:
-    """How much a layer learned: Frobenius norms of scaling · B A and of the frozen weight."""
+    """How much a layer learned: Frobenius norms of what was added to the frozen weight, and of that."""
 
     name: str
     delta_norm: float
@@ -29,12 +29,6 @@ class LayerDelta:
     @property
     def ratio(self) -> float:
         return self.delta_norm / max(self.weight_norm, 1e-30)
-
-
-def merged_weight(layer: LoraLinear) -> tuple[Tensor, Tensor]:
-    """(W + scaling · B A, scaling · B A), both float32 [out, in], W expanded in fp32."""
-    delta = layer.delta()
-    return weight_expander(layer.base_layer)(torch.float32) + delta, delta
 
 
 @torch.no_grad()
@@ -48,8 +42,8 @@ def merge_adapter(model: PreTrainedModel) -> list[LayerDelta]:
     """
     report, transposed = [], conv1d_layers(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLinear):
-            weight, delta = merged_weight(module)
+        if isinstance(module, AdaptedLinear):
+            weight, delta = module.merged()
             if not torch.isfinite(weight).all():
                 raise ExportError(f"{name}: the merged weight holds NaN or Inf", fix="Export an earlier checkpoint")
             report.append(LayerDelta(name, delta.norm().item(), (weight - delta).norm().item()))

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_kit.adapters.methods import method_for
 from qlora_kit.data.dataset import PreparedData, prepare
 from qlora_kit.data.masking import IGNORED, Encoded
 from qlora_kit.data.template import stop_token_ids
@@ -43,6 +44,11 @@ def export_run(run: RunFolder, console: Console, profiles: list[str] | None = No
     for name in names:
         if name not in PROFILES:
             raise ExportError("no such profile", got=name, allowed=", ".join(PROFILES))
+    if reason := method_for(recipe.adapter).cannot_merge:
+        raise ExportError(
+            f"adapter.method {recipe.adapter.method} cannot be exported: {reason}",
+            fix="Use RUN/adapter beside its base, or train with another method",
+        )
     with run.lock():
         sources = _provenance(run)
         folders, rows = _merge(run, recipe, tokenizer, names, console)

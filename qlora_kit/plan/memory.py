@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qlora_kit.errors import AdapterError
-from qlora_kit.plan.shapes import Linear, ModelShapes, model_shapes
+from qlora_kit.plan.shapes import ModelShapes, model_shapes
 from qlora_kit.plan.trained import find_targets, parameters_saved, trained_biases
 from qlora_kit.recipe import BaseSection, Recipe, TrainSection
 
@@ -41,7 +41,7 @@ class Plan:
 
     Attributes:
         base_parameters: weights of the base model, a tied head counted once.
-        adapter_parameters: weights of all A and B.
+        adapter_parameters: weights that the adapter adds.
         trainable_parameters: these, and modules and biases trained in full.
         targets: names of the linear layers that get an adapter.
     """
@@ -88,30 +88,32 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Pla
     """
     shapes = model_shapes(config)
     parameters = shapes.parameters()
-    targets = find_targets(shapes, recipe.adapter.target_modules)
-    saved = parameters_saved(parameters, shapes, recipe.adapter)
-    if recipe.adapter.target_modules == "all-linear":  # as training does: what is trained in full gets no adapter
+    adapter = recipe.adapter
+    wanted: str | list[str] = getattr(adapter, "target_modules", [])
+    targets = find_targets(shapes, wanted)
+    saved = parameters_saved(parameters, shapes, adapter)
+    if wanted == "all-linear":  # as training does: what is trained in full gets no adapter
         targets = [linear for linear in targets if f"{linear.name}.weight" not in saved]
     both = [linear.name for linear in targets if f"{linear.name}.weight" in saved]
     if both:
         raise AdapterError(
             "a layer is both a target and a module to save", got=both[0], fix="Remove it from one of them"
         )
-    lora = _lora_tensors(targets, recipe.adapter.rank)
-    in_full = saved | trained_biases(parameters, targets, recipe.adapter.bias)
-    new_rows = len(recipe.adapter.new_tokens) * shapes.hidden
+    added = [size for t in targets for size in adapter.layer_sizes(t.name, t.in_features, t.out_features)]
+    in_full = saved | trained_biases(parameters, targets, getattr(adapter, "bias", "none"))
+    new_rows = len(adapter.new_tokens) * shapes.hidden
     in_full = {name: size + (new_rows if _is_vocabulary(name, shapes) else 0) for name, size in in_full.items()}
     return Plan(
         model=recipe.base.model,
         architecture=config["model_type"],
         device=device,
         base_parameters=sum(parameters.values()),
-        adapter_parameters=sum(lora),
-        trainable_parameters=sum(lora) + sum(in_full.values()),
+        adapter_parameters=sum(added),
+        trainable_parameters=sum(added) + sum(in_full.values()),
         targets=[linear.name for linear in targets],
         components=[
             *_base(shapes, parameters, recipe.base, in_full, saved),
-            *_training(lora, list(in_full.values()), recipe, device),
+            *_training(added, list(in_full.values()), recipe, device),
             *_activations(shapes, recipe),
         ],
     )
@@ -143,11 +145,6 @@ def optimizer_bytes(weights: int, kind: str, device: Device) -> int:
     return 2 * (weights + 4 * _ceil(weights, _OPTIMIZER_BLOCK) + _CODE_8BIT)
 
 
-def _lora_tensors(targets: list[Linear], rank: int) -> list[int]:
-    """Sizes of A [rank, in] and B [out, rank] of every target."""
-    return [rank * width for linear in targets for width in (linear.in_features, linear.out_features)]
-
-
 def _base(
     shapes: ModelShapes, parameters: dict[str, int], base: BaseSection, in_full: dict[str, int], saved: dict[str, int]
 ) -> Iterable[Component]:
@@ -173,11 +170,11 @@ def _base(
     yield Component("norms and biases", plain(shapes.norms) + biases, True, base.compute_dtype)
 
 
-def _training(lora: list[int], in_full: list[int], recipe: Recipe, device: Device) -> Iterable[Component]:
+def _training(added: list[int], in_full: list[int], recipe: Recipe, device: Device) -> Iterable[Component]:
     adapter, train = recipe.adapter, recipe.train
     full_dtype = "fp32" if recipe.base.compute_dtype == "fp16" else recipe.base.compute_dtype
-    tensors = [(size, adapter.dtype) for size in lora] + [(size, full_dtype) for size in in_full]
-    yield Component("adapter", sum(lora) * BYTES[adapter.dtype], True, f"rank {adapter.rank}, {adapter.dtype}")
+    tensors = [(size, adapter.dtype) for size in added] + [(size, full_dtype) for size in in_full]
+    yield Component("adapter", sum(added) * BYTES[adapter.dtype], True, f"{adapter.method}, {adapter.dtype}")
     low = sum(2 * size for size, dtype in tensors if dtype == "bf16") if adapter.keep_precision else 0
     yield Component("low bits of bf16 weights", low, True, "keep_precision: exact fp32 together with the weight")
     yield Component("gradients", sum(size * BYTES[dtype] for size, dtype in tensors), True, "in the weight's dtype")

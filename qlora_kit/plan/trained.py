@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.errors import AdapterError
 from qlora_kit.plan.shapes import Linear, ModelShapes
-from qlora_kit.recipe import AdapterSection
 
 
 def find_targets(shapes: ModelShapes, wanted: str | list[str]) -> list[Linear]:
@@ -33,7 +33,7 @@ def find_targets(shapes: ModelShapes, wanted: str | list[str]) -> list[Linear]:
     return [linear for linear in linears if any(_ends_with(linear.name, entry) for entry in wanted)]
 
 
-def parameters_saved(parameters: dict[str, int], shapes: ModelShapes, adapter: AdapterSection) -> dict[str, int]:
+def parameters_saved(parameters: dict[str, int], shapes: ModelShapes, adapter: AdapterSettings) -> dict[str, int]:
     """Parameters below `modules_to_save` and, with `new_tokens`, of the vocabulary; a tied weight once.
 
     Raises:

@@ -62,6 +62,7 @@ class Checkpoint:
     state: TrainState
     optimizer_tensors: dict[str, Tensor]
     optimizer_numbers: dict[str, float]
+    method_tensors: dict[str, Tensor]
 
     @property
     def adapter(self) -> Path:
@@ -69,6 +70,7 @@ class Checkpoint:
 
 
 FORMAT = "qlora-checkpoint/1"
+METHOD_STATE = "method:"  # what the adapter's method depends on lies among the optimizer's tensors
 PARTS = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -127,7 +129,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         state = TrainState(**tree["state"])
     except TypeError as error:
         raise CheckpointError(f"{folder}: another version's state: {error}", fix="Use an earlier one") from None
-    return Checkpoint(folder, state, load_file(folder / "optimizer.safetensors"), tree["optimizer_numbers"])
+    tensors = load_file(folder / "optimizer.safetensors")
+    of_method = {
+        key.removeprefix(METHOD_STATE): tensors.pop(key) for key in list(tensors) if key.startswith(METHOD_STATE)
+    }
+    return Checkpoint(folder, state, tensors, tree["optimizer_numbers"], of_method)
 
 
 def check_whole(folder: Path) -> None:

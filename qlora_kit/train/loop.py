@@ -119,6 +119,7 @@ def train_step(session: Session, step: int) -> StepStats:
     optimizer.set_lr(lr)
     if not overflow:
         optimizer.step(clip_factor(norm, train.max_grad_norm))
+        session.method.after_step(session.plain, step, session.total_steps, lr)
     scaler.update(overflow)
     optimizer.zero_grad()
     return StepStats(loss, lr, norm, tokens, loss_tokens, time.perf_counter() - started, scale, overflow)
@@ -144,6 +145,8 @@ def _forward_backward(session: Session, step: int, batches: list[dict[str, Tenso
             losses, _ = token_losses(session.model, batch)
             # Processes average their gradients; multiplied by their number they sum.
             loss = losses.sum() / loss_tokens * accelerator.num_processes
+            if last and (penalty := session.method.penalty(session.plain)) is not None:
+                loss = loss + penalty
             session.scaler.scaled(loss).backward()
         loss_sum += losses.detach().sum()
     return accelerator.reduce(loss_sum).item() / loss_tokens

@@ -42,10 +42,17 @@ class AdapterOptimizer:
         parameters: name to trained parameter, bf16 or fp32.
         make: builds the inner optimizer (torch's or bitsandbytes') for a list of one fp32 parameter.
         keep_precision: keep the low 16 bits of bf16 weights; without it they are rounded after each step.
+        lr_factors: what the learning rate of single weights is multiplied with.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], make: MakeOptimizer, keep_precision: bool = True) -> None:
-        self.parameters = parameters
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        make: MakeOptimizer,
+        keep_precision: bool = True,
+        lr_factors: dict[str, float] | None = None,
+    ) -> None:
+        self.parameters, self.lr_factors = parameters, lr_factors or {}
         self.low_bits: dict[str, Tensor] = {}
         self._masters: dict[str, nn.Parameter] = {}
         self._inner: dict[str, torch.optim.Optimizer] = {}
@@ -79,9 +86,9 @@ class AdapterOptimizer:
             master.grad, master.data = None, master.data.new_empty(0)
 
     def set_lr(self, lr: float) -> None:
-        for inner in self._inner.values():
+        for name, inner in self._inner.items():
             for group in inner.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * self.lr_factors.get(name, 1.0)
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():

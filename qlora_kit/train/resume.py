@@ -52,8 +52,9 @@ def resume_from_checkpoint(session: Session) -> TrainState:
     state = checkpoint.state
     _check_same_conditions(session, state, checkpoint)
     stored = read_adapter(checkpoint.adapter)
-    fill_adapter(session.plain, session.settings, stored.tensors, str(checkpoint.adapter))
+    fill_adapter(session.plain, session.method, stored.tensors, str(checkpoint.adapter))
     session.optimizer.load_state(checkpoint.optimizer_tensors, checkpoint.optimizer_numbers)
+    session.method.load_state(checkpoint.method_tensors)
     if state.grad_scaler:
         session.scaler.load_state_dict(state.grad_scaler)
     session.batches.load_state_dict(state.data_position)

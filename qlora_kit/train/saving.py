@@ -9,6 +9,7 @@ from qlora_kit.adapters.peft_format import fill_adapter, read_adapter, save_adap
 from qlora_kit.atomic import disk_error, sync
 from qlora_kit.errors import CheckpointError
 from qlora_kit.train.checkpoint import (
+    METHOD_STATE,
     TrainState,
     check_whole,
     checkpoint_folder,
@@ -27,10 +28,11 @@ def save(session: Session, state: TrainState) -> None:
     keep_peaks(state)
     if session.accelerator.is_main_process:
         tensors, numbers = session.optimizer.state()
+        tensors |= {f"{METHOD_STATE}{name}": value for name, value in session.method.state().items()}
         save_checkpoint(
             session.run.checkpoints,
             state,
-            lambda folder: save_adapter(session.plain, session.settings, folder, session.recipe.base.model),
+            lambda folder: save_adapter(session.plain, session.method, folder, session.recipe.base.model),
             tensors,
             numbers,
         )
@@ -59,8 +61,8 @@ def publish(session: Session, state: TrainState) -> int:
         _prune(session, state)  # a kill may have come between the last checkpoint and this
     session.accelerator.wait_for_everyone()
     if step != state.step:
-        stored = read_adapter(session.run.adapter)
-        fill_adapter(session.plain, session.settings, stored.tensors, str(session.run.adapter))
+        folder = checkpoint_folder(session.run.checkpoints, step) / "adapter"
+        fill_adapter(session.plain, session.method, read_adapter(folder).tensors, str(folder))
     return step
 
 
@@ -74,9 +76,9 @@ def _copy_adapter(session: Session, step: int) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        for file in sorted((checkpoint_folder(run.checkpoints, step) / "adapter").iterdir()):
-            shutil.copyfile(file, partial / file.name)
-            sync(partial / file.name)
+        session.method.publish(checkpoint_folder(run.checkpoints, step) / "adapter", partial)
+        for file in sorted(partial.iterdir()):
+            sync(file)
         shutil.rmtree(run.adapter, ignore_errors=True)
         os.replace(partial, run.adapter)
         sync(run.path)

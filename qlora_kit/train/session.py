@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +14,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.adapters.inject import inject_lora, trainable_parameters
-from qlora_kit.adapters.lora import LoraSettings
+from qlora_kit.adapters.inject import trainable_parameters
+from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.methods import method_for
+from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.data.batches import TrainBatches
 from qlora_kit.data.collate import collate
 from qlora_kit.data.dataset import PreparedData, prepare
@@ -23,7 +26,7 @@ from qlora_kit.data.template import resolve_template
 from qlora_kit.errors import DataError, TrainingError
 from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
 from qlora_kit.model.source import BaseSource, find_base
-from qlora_kit.recipe import AdapterSection, Recipe
+from qlora_kit.recipe import Recipe
 from qlora_kit.recipe_file import recipe_to_tree
 from qlora_kit.train.determinism import make_deterministic, seed_for
 from qlora_kit.train.devices import make_accelerator, spread
@@ -43,7 +46,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     plain: PreTrainedModel
     model: Any
-    settings: LoraSettings
+    method: Method[Any]
     optimizer: AdapterOptimizer
     scaler: LossScale
     data: PreparedData
@@ -71,21 +74,6 @@ class Session:
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
 
-def lora_settings(section: AdapterSection) -> LoraSettings:
-    """The recipe's adapter section as plain settings; new tokens make the embedding a module to save."""
-    return LoraSettings(
-        rank=section.rank,
-        alpha=section.alpha,
-        use_rslora=section.use_rslora,
-        dropout=section.dropout,
-        bias=section.bias,
-        target_modules=section.target_modules,
-        modules_to_save=list(section.modules_to_save),
-        new_tokens=list(section.new_tokens),
-        dtype=DTYPES[section.dtype],
-    )
-
-
 def start_session(recipe: Recipe, run: RunFolder) -> Session:
     """Loads and prepares everything, data first: a wrong row is found before a model is loaded.
 
@@ -99,10 +87,9 @@ def start_session(recipe: Recipe, run: RunFolder) -> Session:
         tokenizer = prepared_tokenizer(recipe, source.folder)
         data = prepare(recipe.data, tokenizer, recipe.run.seed)
     total_steps = count_steps(recipe, data, accelerator.num_processes)
-    settings = lora_settings(recipe.adapter)
-    model = load_for_training(recipe, source, tokenizer, settings, accelerator.device)
+    model, method = load_for_training(recipe, source, tokenizer, accelerator.device)
     _check_rows_fit(recipe, data, model)
-    optimizer, notes = make_optimizer(recipe, trainable_parameters(model), accelerator.device)
+    optimizer, notes = make_optimizer(recipe, trainable_parameters(model), accelerator.device, method.lr_factor)
     if recipe.train.grad_accum_steps > 1 and accelerator.num_processes == 1:
         add_gradients_in_fp32(optimizer.parameters)
     return Session(
@@ -113,7 +100,7 @@ def start_session(recipe: Recipe, run: RunFolder) -> Session:
         tokenizer=tokenizer,
         plain=model,
         model=spread(model, accelerator),
-        settings=settings,
+        method=method,
         optimizer=optimizer,
         scaler=LossScale(recipe.base.compute_dtype == "fp16"),
         data=data,
@@ -165,35 +152,44 @@ def load_for_training(
     recipe: Recipe,
     source: BaseSource,
     tokenizer: PreTrainedTokenizerBase,
-    settings: LoraSettings,
     device: torch.device,
-) -> PreTrainedModel:
-    """The quantized base with a fresh adapter in it, in training mode."""
+) -> tuple[PreTrainedModel, Method[Any]]:
+    """The quantized base with a fresh adapter in it, in training mode, and the adapter's method."""
     model = load_base(
         source,
         recipe.base.quant,
         recipe.base.double_quant,
         DTYPES[recipe.base.compute_dtype],
         device,
-        settings.modules_to_save,
+        list(recipe.adapter.modules_to_save),
         recipe.base.trust_remote_code,
     )
     torch.manual_seed(seed_for(recipe.run.seed, "init"))
     if len(tokenizer) > cast(Tensor, model.get_input_embeddings().weight).shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    if settings.new_tokens:
-        names = [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
-        names += [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
-        settings.modules_to_save.extend(name for name in names if name not in settings.modules_to_save)
-    inject_lora(model, settings)
+    method = method_for(with_new_tokens(recipe.adapter, model))
+    method.inject(model)
     if recipe.train.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return model.train()
+    return model.train(), method
+
+
+def with_new_tokens(settings: AdapterSettings, model: PreTrainedModel) -> AdapterSettings:
+    """The settings; where there are new tokens, embedding and head are among the modules to save."""
+    if not settings.new_tokens:
+        return settings
+    vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if module in vocabulary]
+    saved = list(dict.fromkeys([*settings.modules_to_save, *names]))
+    return settings.model_copy(update={"modules_to_save": saved})
 
 
 def make_optimizer(
-    recipe: Recipe, parameters: dict[str, torch.nn.Parameter], device: torch.device
+    recipe: Recipe,
+    parameters: dict[str, torch.nn.Parameter],
+    device: torch.device,
+    lr_factor: Callable[[str], float] = lambda _: 1.0,
 ) -> tuple[AdapterOptimizer, list[str]]:
     """The optimizer, and notes on what had to be replaced on this machine.
 
@@ -206,7 +202,8 @@ def make_optimizer(
     make, note = optimizer_maker(
         train.optimizer, (train.betas[0], train.betas[1]), train.eps, train.weight_decay, device
     )
-    return AdapterOptimizer(parameters, make, recipe.adapter.keep_precision), [note] if note else []
+    factors = {name: lr_factor(name) for name in parameters}
+    return AdapterOptimizer(parameters, make, recipe.adapter.keep_precision, factors), [note] if note else []
 
 
 def add_gradients_in_fp32(parameters: dict[str, torch.nn.Parameter]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
-from qlora_kit.adapters.inject import find_targets, inject_lora, lora_layers
-from qlora_kit.adapters.lora import LoraSettings
+from qlora_kit.adapters.inject import adapted_layers, find_targets
+from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.peft_format import fill_adapter, load_adapter, read_adapter, save_adapter
+from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.errors import AdapterError
 
-SETTINGS = LoraSettings(rank=2, alpha=4.0, target_modules=["q_proj"], dtype=torch.float32)
+SETTINGS = LoraSettings(rank=2, alpha=4.0, target_modules=["q_proj"], dtype="fp32")
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -25,8 +25,8 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 def folder(tmp_path: Path) -> Path:
     """A good adapter, to be spoilt."""
     model = tiny_model("llama")
-    inject_lora(model, SETTINGS)
-    save_adapter(model, SETTINGS, tmp_path / "adapter", "tiny")
+    Lora(SETTINGS).inject(model)
+    save_adapter(model, Lora(SETTINGS), tmp_path / "adapter", "tiny")
     return tmp_path / "adapter"
 
 
@@ -49,10 +49,9 @@ def assert_refused(folder: Path, match: str) -> None:
 
 
 UNSUPPORTED = {
-    "use_dora": True,
     "lora_bias": True,
-    "rank_pattern": {"q_proj": 8},
-    "alpha_pattern": {"q_proj": 8},
+    "rank_pattern": {"q_proj": 0},
+    "alpha_pattern": {"q_proj": -1.0},
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2]],
     "target_parameters": ["mlp.experts"],
@@ -111,10 +110,10 @@ def test_values_that_are_not_finite_are_named_and_nothing_is_copied(folder, valu
 
     change_tensors(folder, spoil)
     model = tiny_model("llama")
-    inject_lora(model, SETTINGS)
+    Lora(SETTINGS).inject(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(AdapterError, match=r"q_proj.lora_B.weight holds NaN or Inf"):
-        fill_adapter(model, SETTINGS, read_adapter(folder).tensors, "stored")
+        fill_adapter(model, Lora(SETTINGS), read_adapter(folder).tensors, "stored")
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
@@ -134,7 +133,7 @@ def test_an_adapter_of_another_model_is_refused(folder, tmp_path):
     with pytest.raises(AdapterError, match="shape of"):
         load_adapter(tiny_model("llama", hidden_size=32), folder)
     save_file({}, folder / "adapter_model.safetensors")
-    assert_refused(folder, "it holds no LoRA tensor")
+    assert_refused(folder, "it holds no Lora tensor")
 
 
 def test_new_tokens_without_their_head_are_refused(folder):
@@ -145,9 +144,9 @@ def test_new_tokens_without_their_head_are_refused(folder):
 
 def test_a_second_adapter_is_refused():
     model = tiny_model("llama")
-    inject_lora(model, SETTINGS)
+    Lora(SETTINGS).inject(model)
     with pytest.raises(AdapterError, match="already holds an adapter"):
-        inject_lora(model, SETTINGS)
+        Lora(SETTINGS).inject(model)
 
 
 @pytest.mark.parametrize(
@@ -179,5 +178,5 @@ def test_targets_that_match_nothing_are_explained(wanted, match):
 def test_modules_to_save_that_cannot_be(changes, match):
     model = tiny_model("llama", tie_word_embeddings=True)
     with pytest.raises(AdapterError, match=match):
-        inject_lora(model, dataclasses.replace(SETTINGS, **changes))
-    assert not any(lora_layers(model))
+        Lora(SETTINGS.model_copy(update=changes)).inject(model)
+    assert not any(adapted_layers(model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -11,14 +10,15 @@ from tiny_models import ARCHITECTURES, save_tiny_model, tiny_ids, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.adapters.inject import find_targets, inject_lora, lora_layers, trainable_parameters
-from qlora_kit.adapters.lora import LoraLinear, LoraSettings
+from qlora_kit.adapters.inject import adapted_layers, find_targets, trainable_parameters
+from qlora_kit.adapters.lora import Lora, LoraLinear
 from qlora_kit.adapters.peft_format import adapter_tensors
+from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.load import load_base
 from qlora_kit.model.source import find_base
 
-SETTINGS = LoraSettings(rank=4, alpha=8.0, dtype=torch.float32)
+SETTINGS = LoraSettings(rank=4, alpha=8.0, dtype="fp32")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -26,8 +26,8 @@ def test_all_linear_is_every_linear_layer_but_the_head(arch):
     model = tiny_model(arch)
     head = model.get_output_embeddings()
     wanted = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
-    assert inject_lora(model, SETTINGS) == wanted
-    assert [name for name, _ in lora_layers(model)] == wanted
+    assert Lora(SETTINGS).inject(model) == wanted
+    assert [name for name, _ in adapted_layers(model)] == wanted
     assert model.get_output_embeddings() is head
     assert set(trainable_parameters(model)) == {f"{n}.lora_{ab}" for n in wanted for ab in "AB"}
 
@@ -44,7 +44,7 @@ def test_targets_by_name_ending_regex_and_whole_name():
 
 def test_all_linear_leaves_out_what_is_trained_in_full():
     model = tiny_model("llama")
-    targets = inject_lora(model, dataclasses.replace(SETTINGS, modules_to_save=["layers.0.mlp", "lm_head"]))
+    targets = Lora(SETTINGS.model_copy(update={"modules_to_save": ["layers.0.mlp", "lm_head"]})).inject(model)
     assert not [name for name in targets if "layers.0.mlp" in name]
     assert "model.layers.0.mlp.up_proj.weight" in trainable_parameters(model)
     assert "lm_head.weight" in trainable_parameters(model)
@@ -52,20 +52,20 @@ def test_all_linear_leaves_out_what_is_trained_in_full():
 
 def test_a_fresh_adapter_starts_as_the_reference_implementation_does():
     torch.manual_seed(0)
-    layer = LoraLinear(nn.Linear(300, 20), dataclasses.replace(SETTINGS, rank=16))
+    layer = LoraLinear(nn.Linear(300, 20), SETTINGS.model_copy(update={"rank": 16}))
     bound = 1 / math.sqrt(300)  # kaiming_uniform with a = sqrt(5)
     assert not layer.lora_B.any()
     assert 0.95 * bound < layer.lora_A.abs().max().item() <= bound
     assert abs(layer.lora_A.std().item() - bound / math.sqrt(3)) < 0.05 * bound
     torch.manual_seed(0)
-    narrow = LoraLinear(nn.Linear(300, 20), dataclasses.replace(SETTINGS, rank=16, dtype=torch.bfloat16))
+    narrow = LoraLinear(nn.Linear(300, 20), SETTINGS.model_copy(update={"rank": 16, "dtype": "bf16"}))
     assert torch.equal(narrow.lora_A, layer.lora_A.bfloat16())
 
 
 @pytest.mark.parametrize("base", [nn.Linear(12, 10), Conv1D(10, 12)], ids=["linear", "conv1d"])
 def test_dropout_is_on_in_training_only_and_its_mean_is_no_dropout(base):
     torch.manual_seed(1)
-    layer = LoraLinear(base, dataclasses.replace(SETTINGS, dropout=0.4))
+    layer = LoraLinear(base, SETTINGS.model_copy(update={"dropout": 0.4}))
     nn.init.normal_(layer.lora_B)
     x = torch.randn(3, 12)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_dropout_is_on_in_training_only_and_its_mean_is_no_dropout(base):
 
 def test_delta_is_what_the_layer_adds():
     for base in (nn.Linear(9, 7), Conv1D(7, 9)):
-        layer = LoraLinear(base, dataclasses.replace(SETTINGS, dtype=torch.bfloat16))
+        layer = LoraLinear(base, SETTINGS.model_copy(update={"dtype": "bf16"}))
         nn.init.normal_(layer.lora_B)
         x = torch.randn(5, 9)
         torch.testing.assert_close(layer(x) - base(x), x @ layer.delta().T, rtol=1e-4, atol=1e-5)
@@ -123,29 +123,29 @@ def scaled_step(model: nn.Module) -> tuple[float, float]:
 def test_fp16_trains_everything_in_fp32(tmp_path, arch, tie, changes, quant):
     layers = {"n_layer": 1} if arch == "gpt2" else {"num_hidden_layers": 1}
     save_tiny_model(tmp_path, arch, tie, **layers)
-    settings = dataclasses.replace(SETTINGS, **changes)
+    settings = SETTINGS.model_copy(update=changes)
     source = find_base(str(tmp_path))
     model = load_base(source, quant, compute_dtype=torch.float16, skip_modules=settings.modules_to_save)
     plain = load_base(source, quant, compute_dtype=torch.float16, skip_modules=settings.modules_to_save)
-    inject_lora(model, settings)
+    Lora(settings).inject(model)
     with torch.no_grad():
         before, after = plain(tiny_ids(rows=1)).logits, model(tiny_ids(rows=1)).logits
     assert after.dtype == torch.float16
     torch.testing.assert_close(after, before, rtol=0, atol=0.02)
-    for _, layer in lora_layers(model):
+    for _, layer in adapted_layers(model):
         nn.init.normal_(layer.lora_B, std=0.01)
     trained = trainable_parameters(model)
     assert {p.dtype for p in trained.values()} == {torch.float32}
     loss, lower = scaled_step(model)
     assert lower < loss
-    assert all(t.dtype == torch.float32 for t in adapter_tensors(model, settings).values())
+    assert all(t.dtype == torch.float32 for t in adapter_tensors(model, Lora(settings)).values())
 
 
 def test_a_quantized_module_cannot_be_trained_in_full_unless_it_was_skipped(tmp_path):
     source = find_base(str(save_tiny_model(tmp_path)))
-    settings = dataclasses.replace(SETTINGS, target_modules=["q_proj"], modules_to_save=["mlp"])
+    settings = SETTINGS.model_copy(update={"target_modules": ["q_proj"], "modules_to_save": ["mlp"]})
     with pytest.raises(AdapterError, match=r"model.layers.0.mlp is quantized. Load the base with it in skip_modules"):
-        inject_lora(load_base(source, "nf4"), settings)
+        Lora(settings).inject(load_base(source, "nf4"))
     model = load_base(source, "nf4", skip_modules=["mlp"])
-    inject_lora(model, settings)
+    Lora(settings).inject(model)
     assert sum(name.endswith("_proj.weight") for name in trainable_parameters(model)) == 6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -12,14 +11,15 @@ import torch
 from tiny_models import save_tiny_model, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_kit.adapters.inject import inject_lora, lora_layers, trainable_parameters
-from qlora_kit.adapters.lora import LoraSettings
+from qlora_kit.adapters.inject import adapted_layers, trainable_parameters
+from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.peft_format import load_adapter, save_adapter
+from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.export.merge import merge_adapter
 from qlora_kit.model.load import load_base
 from qlora_kit.model.source import find_base
 
-SETTINGS = LoraSettings(rank=3, alpha=7.0, dtype=torch.float32)
+SETTINGS = LoraSettings(rank=3, alpha=7.0, dtype="fp32")
 CASES = {
     "plain": ("llama", True, {}),
     "rslora": ("llama", False, {"use_rslora": True, "rank": 5}),
@@ -73,17 +73,17 @@ def test_ours_in_peft_and_back(tmp_path, case):
     arch, tie, changes = CASES[case]
     ours = tiny_model(arch, tie_word_embeddings=tie)
     before = logits(ours)
-    settings = dataclasses.replace(SETTINGS, **changes)
-    inject_lora(ours, settings)
+    settings = SETTINGS.model_copy(update=changes)
+    Lora(settings).inject(ours)
     assert torch.equal(logits(ours), before)  # B is zero: an untouched adapter changes nothing, to the bit
     randomize(ours)
     assert (logits(ours) - before).abs().max() > 0.1
-    save_adapter(ours, settings, tmp_path, "tiny")
+    save_adapter(ours, Lora(settings), tmp_path, "tiny")
 
     theirs = peft.PeftModel.from_pretrained(tiny_model(arch, tie_word_embeddings=tie), str(tmp_path))
     assert_same_logits(theirs, ours)
     wrapped = {name for name, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    assert wrapped == {name for name, _ in lora_layers(ours)}
+    assert wrapped == {name for name, _ in adapted_layers(ours)}
 
     again = tiny_model(arch, tie_word_embeddings=tie)
     load_adapter(again, tmp_path)
@@ -139,11 +139,11 @@ def test_pefts_with_resized_embeddings(tmp_path, tie):
     randomize(theirs)
     theirs.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    settings = load_adapter(ours, tmp_path / "adapter")
+    settings = load_adapter(ours, tmp_path / "adapter").settings
     assert logits(ours).shape[-1] == 333
     assert_same_logits(ours, theirs)
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tie
-    save_adapter(ours, settings, tmp_path / "ours", "tiny")
+    save_adapter(ours, Lora(settings), tmp_path / "ours", "tiny")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     load_adapter(again, tmp_path / "ours")
     assert torch.equal(logits(again), logits(ours))
@@ -157,9 +157,9 @@ def test_both_ways_on_the_dequantized_base(tmp_path, arch, quant):
     assert_same_logits(plain, quantized_base(tmp_path / "base", quant))
 
     ours = quantized_base(tmp_path / "base", quant)
-    inject_lora(ours, SETTINGS)
+    Lora(SETTINGS).inject(ours)
     randomize(ours)
-    save_adapter(ours, SETTINGS, tmp_path / "ours", "tiny")
+    save_adapter(ours, Lora(SETTINGS), tmp_path / "ours", "tiny")
     theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "ours"))
     assert_same_logits(theirs, ours)
 
@@ -173,13 +173,13 @@ def test_both_ways_on_the_dequantized_base(tmp_path, arch, quant):
 def test_new_tokens_in_ours_load_in_peft(tmp_path, tie):
     save_tiny_model(tmp_path / "base", tie=tie)
     names = ["model.embed_tokens", "lm_head"]
-    settings = dataclasses.replace(SETTINGS, modules_to_save=names)
+    settings = SETTINGS.model_copy(update={"modules_to_save": names})
     ours = quantized_base(tmp_path / "base", "nf4", names)
     ours.resize_token_embeddings(327)
-    inject_lora(ours, settings)
+    Lora(settings).inject(ours)
     randomize(ours)
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tie
-    save_adapter(ours, settings, tmp_path / "adapter", "tiny")
+    save_adapter(ours, Lora(settings), tmp_path / "adapter", "tiny")
 
     plain = dequantized(quantized_base(tmp_path / "base", "nf4"))
     plain.resize_token_embeddings(327)
@@ -201,7 +201,7 @@ def test_scaling_is_pefts_to_the_bit(rank, alpha, rslora):
 
 def test_a_merged_model_keeps_the_delta_of_a_tied_head(tmp_path):
     model = tiny_model("llama", tie_word_embeddings=True)
-    inject_lora(model, dataclasses.replace(SETTINGS, target_modules=["lm_head"]))
+    Lora(SETTINGS.model_copy(update={"target_modules": ["lm_head"]})).inject(model)
     randomize(model)
     wanted = logits(model)
     merge_adapter(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,22 @@ from tiny_models import save_tiny_model, tiny_ids, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.adapters.inject import inject_lora, lora_layers, trainable_parameters
-from qlora_kit.adapters.lora import LoraLinear, LoraSettings
+from qlora_kit.adapters.inject import adapted_layers, trainable_parameters
+from qlora_kit.adapters.lora import Lora, LoraLinear
+from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.errors import ExportError
 from qlora_kit.export.merge import merge_adapter, save_merged
 from qlora_kit.model.load import load_base, to_reference
 from qlora_kit.model.quantized import QuantizedLinear
 from qlora_kit.model.source import find_base
 
-SETTINGS = LoraSettings(rank=3, alpha=7.0, dtype=torch.float32)
+SETTINGS = LoraSettings(rank=3, alpha=7.0, dtype="fp32")
 ATTENTION = ["q_proj", "v_proj"]
 KINDS: dict[str, tuple[str, bool, str, dict[str, Any]]] = {  # architecture, tied head, quant, settings
     "nf4": ("llama", True, "nf4", {}),
     "fp4, some layers without adapter": ("llama", False, "fp4", {"target_modules": ATTENTION}),
     "int8": ("llama", True, "int8", {}),
-    "unquantized, bf16 adapter": ("llama", True, "none", {"dtype": torch.bfloat16}),
+    "unquantized, bf16 adapter": ("llama", True, "none", {"dtype": "bf16"}),
     "biases": ("qwen2", False, "nf4", {"bias": "all"}),
     "biases of targets": ("qwen2", False, "int8", {"bias": "lora_only", "target_modules": ATTENTION}),
     "rsLoRA": ("mistral", False, "nf4", {"use_rslora": True}),
@@ -41,10 +41,10 @@ KINDS: dict[str, tuple[str, bool, str, dict[str, Any]]] = {  # architecture, tie
 
 def tuned_model(folder: Path, arch: str, tie: bool, quant: str, changes: dict[str, Any]) -> Any:
     """A reference with an adapter that changes every layer."""
-    settings = replace(SETTINGS, **changes)
+    settings = SETTINGS.model_copy(update=changes)
     source = find_base(str(save_tiny_model(folder / "base", arch, tie)))
     model = load_base(source, quant, compute_dtype=torch.float32, skip_modules=settings.modules_to_save)
-    inject_lora(model, settings)
+    Lora(settings).inject(model)
     torch.manual_seed(1)
     for parameter in trainable_parameters(model).values():
         parameter.data.add_(0.1 * torch.randn_like(parameter.float()))
@@ -68,7 +68,7 @@ def test_merged_is_base_plus_delta_and_loads_in_transformers(tmp_path: Path, kin
     ids = tiny_ids(rows=3, length=20)
     with torch.no_grad():
         reference = model(input_ids=ids).logits
-    expected = {name: expected_weight(layer) for name, layer in lora_layers(model)}
+    expected = {name: expected_weight(layer) for name, layer in adapted_layers(model)}
     deltas = merge_adapter(model)
     assert [delta.name for delta in deltas] == list(expected) and all(delta.ratio > 0 for delta in deltas)
     for name, weight in expected.items():
@@ -99,7 +99,7 @@ def test_tokenizer_and_template_come_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scale, word", [(3e38, "overflow"), (float("nan"), "nan")])
 def test_a_delta_that_is_not_finite_names_its_layer(tmp_path: Path, scale: float, word: str) -> None:
     model = tuned_model(tmp_path, "llama", True, "nf4", {})
-    name, layer = list(lora_layers(model))[5]
+    name, layer = list(adapted_layers(model))[5]
     layer.lora_B.data.mul_(scale)
     layer.lora_A.data.mul_(1e6 if word == "overflow" else 1)
     with pytest.raises(ExportError, match=rf"{name}: the merged weight holds NaN or Inf.*earlier checkpoint"):
@@ -108,7 +108,7 @@ def test_a_delta_that_is_not_finite_names_its_layer(tmp_path: Path, scale: float
 
 def test_norms_in_the_report_are_those_of_delta_and_base(tmp_path: Path) -> None:
     model = tuned_model(tmp_path, "llama", True, "none", {"target_modules": ["o_proj"]})
-    layers = dict(lora_layers(model))
+    layers = dict(adapted_layers(model))
     expected = {n: (layer.delta().norm().item(), layer.base_layer.weight.norm().item()) for n, layer in layers.items()}
     for delta in merge_adapter(model):
         assert (delta.delta_norm, delta.weight_norm) == pytest.approx(expected[delta.name], rel=1e-4)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, save_tiny_model, tiny_ids, tiny_model
 
-from qlora_kit.adapters.inject import inject_lora, trainable_parameters
-from qlora_kit.adapters.lora import LoraSettings
+from qlora_kit.adapters.inject import trainable_parameters
+from qlora_kit.adapters.lora import Lora
+from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.model.load import load_base, to_reference
 from qlora_kit.model.quantized import QuantizedLinear
 from qlora_kit.model.source import find_base
@@ -37,7 +38,7 @@ def test_loads_and_learns(tmp_path, arch, quant):
     assert distance == 0 if quant == "none" else 0 < distance < (0.2 if quant == "int8" else 2.0)
 
     torch.manual_seed(0)
-    inject_lora(model, LoraSettings(rank=4, alpha=8.0, dtype=torch.float32))
+    Lora(LoraSettings(rank=4, alpha=8.0, dtype="fp32")).inject(model)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, base)
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=0.02)

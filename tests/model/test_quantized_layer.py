@@ -12,9 +12,10 @@ from bitsandbytes import functional as F
 from tiny_models import save_tiny_model, tiny_ids
 from torch import nn
 
-from qlora_kit.adapters.inject import inject_lora, lora_layers
-from qlora_kit.adapters.lora import LoraSettings
+from qlora_kit.adapters.inject import adapted_layers
+from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.peft_format import save_adapter
+from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.errors import ModelError
 from qlora_kit.model.load import load_base
 from qlora_kit.model.quantized import QuantizedLinear, expanded, own_quantized_layers
@@ -63,9 +64,9 @@ def fingerprint(model: nn.Module) -> str:
 def model(request, tiny_llama):
     quant, double = request.param
     model = load_base(find_base(str(tiny_llama)), quant, double, torch.float32)
-    inject_lora(model, LoraSettings(rank=2, alpha=4.0, dtype=torch.float32))
+    Lora(LoraSettings(rank=2, alpha=4.0, dtype="fp32")).inject(model)
     generator = torch.Generator().manual_seed(0)
-    for _, layer in lora_layers(model):
+    for _, layer in adapted_layers(model):
         layer.lora_B.data.normal_(0, 0.05, generator=generator)
     return model
 
@@ -108,14 +109,14 @@ def test_nothing_changes_codes_or_statistics(model, tmp_path):
     before, first = fingerprint(model), train_step(model)
     with torch.no_grad():
         logits = model.eval()(tiny_ids()).logits
-    settings = LoraSettings(rank=2, alpha=4.0, dtype=torch.float32)
+    settings = LoraSettings(rank=2, alpha=4.0, dtype="fp32")
     model.generate(tiny_ids(rows=1), max_new_tokens=4, do_sample=False)
     assert fingerprint(model) == before
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         model(tiny_ids())
     with expanded(model, torch.float32):
         model.generate(tiny_ids(rows=1), max_new_tokens=2, do_sample=False)
-    save_adapter(model, settings, tmp_path, "tiny")
+    save_adapter(model, Lora(settings), tmp_path, "tiny")
     assert set(model.state_dict()) >= {"model.layers.0.mlp.up_proj.base_layer.codes"}
     second = train_step(model)
     assert fingerprint(model) == before
@@ -127,7 +128,7 @@ def test_nothing_changes_codes_or_statistics(model, tmp_path):
 
 
 def test_the_input_gets_a_gradient_also_after_an_evaluation(model):
-    layer = next(lora_layers(model))[1].base_layer
+    layer = next(adapted_layers(model))[1].base_layer
     x = torch.randn(4, layer.in_features, requires_grad=True)
     with torch.no_grad():
         layer.eval()(x)

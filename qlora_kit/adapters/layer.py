@@ -1,0 +1,58 @@
+"""A frozen linear layer with something trained beside it: what every adapter's layer has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qlora_kit.errors import AdapterError
+from qlora_kit.kernels.frozen_linear import ExpandWeight
+from qlora_kit.model.quantized import QuantizedLinear
+
+LinearLayer = nn.Linear | Conv1D | QuantizedLinear
+LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
+
+
+class AdaptedLinear(nn.Module):
+    """Holds the frozen layer as submodule `base_layer`; subclasses add weights and the arithmetic."""
+
+    def __init__(self, base: LinearLayer) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.in_features, self.out_features = linear_shape(base)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.base_layer.bias
+
+    @property
+    def expand(self) -> ExpandWeight:
+        return weight_expander(self.base_layer)
+
+    @property
+    def device(self) -> torch.device:
+        return next(tensor.device for tensor in (*self.base_layer.buffers(), *self.base_layer.parameters()))
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """(the weight of a plain layer that computes the same, its difference from W), float32 [out, in].
+
+        Raises:
+            AdapterError: no plain layer computes the same.
+        """
+        raise AdapterError(f"{type(self).__name__} cannot be merged", fix="Use the adapter beside its base")
+
+
+def linear_shape(layer: LinearLayer) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer; Conv1D stores its weight as [in, out]."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features
+
+
+def weight_expander(layer: LinearLayer) -> ExpandWeight:
+    """The function that gives a frozen layer's weight [out, in] in a dtype."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.dequantize
+    weight = layer.weight.detach()
+    return (weight.T if isinstance(layer, Conv1D) else weight).to

@@ -1,0 +1,35 @@
+"""All methods by name. A new one is a class of settings, a file beside this one, and its line here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.adapters.dora import Dora
+from qlora_kit.adapters.lora import Lora
+from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.settings import AdapterSettings
+from qlora_kit.errors import AdapterError
+
+METHODS: dict[str, type[Method[Any]]] = {"lora": Lora, "dora": Dora}
+
+
+def method_for(settings: AdapterSettings) -> Method[Any]:
+    """The method that the settings are those of."""
+    return METHODS[settings.method](settings)
+
+
+def stored_method(config: Any, origin: Path) -> type[Method[Any]]:
+    """The method of a stored adapter, by its adapter_config.json.
+
+    Raises:
+        AdapterError: it is none of ours, or a field says something that this toolkit cannot compute.
+    """
+    if not isinstance(config, dict):
+        raise AdapterError(f"{origin} is not a JSON object", fix="Save the adapter again")
+    for method in METHODS.values():
+        if method.reads(config):
+            method.check_config(config, origin)
+            return method
+    known = sorted({method.peft_type for method in METHODS.values()})
+    raise AdapterError(f"{origin}: peft_type", got=config.get("peft_type"), allowed=", ".join(known))

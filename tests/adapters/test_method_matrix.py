@@ -1,0 +1,98 @@
+"""Every method on every kind of base, through the command line: train, resume to the bit, score, ship or refuse."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_models import save_tiny_model, tiny_ids
+from tiny_run import label_rows, write_rows
+
+from qlora_kit.adapters.methods import METHODS
+from qlora_kit.cli import main
+from qlora_kit.eval.results import read_results
+from qlora_kit.train.restore import load_tuned
+from qlora_kit.train.run_folder import RunFolder
+
+QUANTS = ("nf4", "int8", "none")
+FIELDS: dict[str, dict[str, Any]] = {  # beside the defaults; a method that needs nothing has no entry
+    "lora": {"rank": 4},
+    "dora": {"rank": 4},
+}
+NOT_ON: dict[tuple[str, str], str] = {}
+"""(method, quant) to words of the refusal."""
+
+
+def write_recipe(folder: Path, method: str, quant: str) -> Path:
+    tree = {
+        "run": {"name": "whole", "out_dir": str(folder / "runs")},
+        "base": {"model": str(save_tiny_model(folder / "model", "qwen2")), "quant": quant},
+        "adapter": {"method": method, **FIELDS.get(method, {})},
+        "data": {
+            "train": str(write_rows(folder / "train.jsonl", label_rows(24))),
+            "eval": str(write_rows(folder / "eval.jsonl", label_rows(60)[48:])),
+            "max_seq_len": 96,
+        },
+        "train": {"optimizer": "adamw", "lr": 0.01, "max_steps": 5, "save_every": 1, "keep_checkpoints": 5,
+                  "micro_batch_size": 4, "threads": 1},
+        "eval": {"answer": "choices", "choices": ["good", "bad"], "max_new_tokens": 6, "samples": 0},
+        "export": {"profiles": ["fp32"], "verify_prompts": 2},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return folder / "recipe.yaml"
+
+
+def killed_after(run: Path, step: int, target: Path) -> Path:
+    """A copy of a run as a kill after `step` would have left it."""
+    shutil.copytree(run, target)
+    shutil.rmtree(target / "adapter")
+    for folder in target.glob("checkpoints/step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    RunFolder.open(target).update_manifest(status="running", step=step, checkpoint=step)
+    return target
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny_ids()).logits.float()
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_method(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, quant: str) -> None:
+    recipe = write_recipe(tmp_path, method, quant)
+    if (method, quant) in NOT_ON:
+        assert main(["train", str(recipe), "--quiet"]) == 2
+        assert NOT_ON[method, quant] in capsys.readouterr().err
+        return
+    assert main(["train", str(recipe), "--quiet"]) == 0
+    whole = tmp_path / "runs" / "whole"
+
+    killed = killed_after(whole, 3, tmp_path / "runs" / "killed")
+    assert main(["train", "--resume", str(killed), "--quiet"]) == 0
+    assert files(killed / "adapter") == files(whole / "adapter")
+
+    run = RunFolder.open(whole)
+    tuned = logits(load_tuned(run))
+    assert torch.isfinite(tuned).all()
+    exported = main(["export", str(whole)])
+    reason = METHODS[method].cannot_merge
+    assert exported == (2 if reason else 0)
+    if reason:
+        assert reason in capsys.readouterr().err
+        assert not run.merged.exists() and not run.bundles.exists()
+    forms = ["tuned"] if reason else ["tuned", "merged", "bundle_fp32"]
+    assert main(["eval", str(whole), "--forms", ",".join(["base", *forms])]) == 0
+    results = read_results(whole).forms
+    for form in forms:
+        assert results[form].perplexity.value == pytest.approx(results["tuned"].perplexity.value, rel=1e-3)
+    assert results["tuned"].perplexity.value < results["base"].perplexity.value
