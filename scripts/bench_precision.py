@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from bench_runs import RESULTS, environment, hardware_line, metrics, train_run, write
+from safetensors.torch import load_file
 
 VARIANTS = {
     "fp32": ["adapter.dtype=fp32"],
@@ -39,8 +40,21 @@ def main() -> None:
     curves = {v: [[r["loss"] for r in metrics(run, "train")] for run in of] for v, of in runs.items()}
     evals = {v: [[r["loss"] for r in metrics(run, "eval")] for run in of] for v, of in runs.items()}
     final = {v: [curve[-1] for curve in of] for v, of in evals.items()}  # after the last step
+    apart = {v: [weights_apart(run, other) for run, other in zip(of, runs["fp32"])] for v, of in runs.items()}
     _plot(curves, evals, options.steps)
-    _report(options, curves, evals, final, environment(runs["fp32"][0]))
+    _report(options, curves, evals, final, apart, environment(runs["fp32"][0]))
+
+
+def weights_apart(run: Path, reference: Path) -> float:
+    """‖B A - B' A'‖ / ‖B' A'‖ over all layers (Frobenius), A' and B' being the reference's."""
+    ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, reference))
+    difference = whole = 0.0
+    for name in (key for key in theirs if key.endswith("lora_A.weight")):
+        of_b = name.replace("lora_A", "lora_B")
+        delta = theirs[of_b].float() @ theirs[name].float()
+        difference += (ours[of_b].float() @ ours[name].float() - delta).square().sum().item()
+        whole += delta.square().sum().item()
+    return float((difference / whole) ** 0.5)
 
 
 def _train(options: argparse.Namespace, variant: str, seed: int) -> Path:
@@ -72,7 +86,7 @@ def _plot(curves: dict[str, Any], evals: dict[str, Any], steps: int) -> None:
         held_out = np.array(evals[variant])
         at = np.linspace(steps / held_out.shape[1], steps, held_out.shape[1])
         right.errorbar(at, held_out.mean(0), held_out.std(0, ddof=1), fmt=f"o{style}", capsize=3, label=variant)
-    left.set(title="training loss, mean over seeds, 5-step mean", xlabel="step", ylabel="nats a token")
+    left.set(title="training loss, mean over seeds, 5-step mean", xlabel="step", ylabel="nats a token", yscale="log")
     right.set(title="held-out loss, mean ± s.d. over seeds", xlabel="step", ylabel="nats a token")
     left.legend()
     right.legend()
@@ -81,26 +95,35 @@ def _plot(curves: dict[str, Any], evals: dict[str, Any], steps: int) -> None:
     figure.savefig(RESULTS / "adapter_precision.png", dpi=110)
 
 
-def _report(options: argparse.Namespace, curves: Any, evals: Any, final: dict[str, list[float]], env: Any) -> None:
+def _report(
+    options: argparse.Namespace,
+    curves: Any,
+    evals: Any,
+    final: dict[str, list[float]],
+    apart: dict[str, list[float]],
+    env: Any,
+) -> None:
     from qlora_kit.eval.intervals import paired_t_interval
 
     reference = np.array(curves["fp32"])
     rows = []
     for variant in VARIANTS:
-        apart = float(np.abs(np.array(curves[variant]) - reference).mean())
+        curve = float(np.abs(np.array(curves[variant]) - reference).mean())
+        weights = f"{np.mean(apart[variant]):.1%} ± {np.std(apart[variant], ddof=1):.1%}"
         against = paired_t_interval(final[variant], final["fp32"]) if variant != "fp32" else None
         paired = "" if against is None else f"{against.value:+.5f} [{against.low:+.5f}, {against.high:+.5f}]"
-        rows.append(f"| {variant} | {np.mean(final[variant]):.5f} | {paired} | {apart:.5f} |")
+        rows.append(f"| {variant} | {np.mean(final[variant]):.5f} | {paired} | {curve:.5f} | {weights} |")
     table = (
         "# Adapter storage: does bf16 learn like fp32?\n\n"
         f"SmolLM2-135M, NF4 base, sentiment, {options.steps} steps of {ROWS} rows, lr {options.lr}, "
         f"seeds {options.seeds}.\n\n"
-        "| adapter | held-out loss | against fp32, paired 95% t interval | mean distance of its training curve |\n"
-        "|---|---|---|---|\n" + "\n".join(rows) + "\n\n![curves](adapter_precision.png)\n\n"
+        "| adapter | held-out loss | against fp32, paired 95% t interval | mean distance of its training curve "
+        "| distance of its B A from fp32's |\n"
+        "|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n![curves](adapter_precision.png)\n\n"
         f"`python scripts/bench_precision.py --steps {options.steps} --lr {options.lr}` on " + hardware_line(env)
     )
     tree = {"seeds": options.seeds, "steps": options.steps, "lr": options.lr, "train_loss": curves, "eval_loss": evals,
-            "final_eval_loss": final, **env}  # fmt: skip
+            "final_eval_loss": final, "weights_apart": apart, **env}  # fmt: skip
     write("adapter_precision", tree, table)
 
 
