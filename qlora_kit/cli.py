@@ -49,15 +49,15 @@ def run_doctor(options: argparse.Namespace) -> None:
 def run_plan(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from qlora_kit.plan import find_config, plan, print_plan
+    from qlora_kit.plan import device_here, find_config, plan, print_plan
     from qlora_kit.recipe_file import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    result = plan(recipe, find_config(recipe.base), device=options.device)
+    result = plan(recipe, find_config(recipe.base), device=options.device or device_here())
     if options.json:
         print(json.dumps(result.to_json(), indent=2))
     else:
-        print_plan(result, Console())
+        print_plan(result, Console(), found_here=options.device is None)
 
 
 def run_data(options: argparse.Namespace) -> None:
@@ -66,7 +66,7 @@ def run_data(options: argparse.Namespace) -> None:
     from qlora_kit.data.show import show
     from qlora_kit.model.source import find_base
     from qlora_kit.recipe_file import load_recipe
-    from qlora_kit.train.session import prepared_tokenizer
+    from qlora_kit.train.adapted_model import prepared_tokenizer
 
     recipe = load_recipe(options.recipe, options.overrides)
     source = find_base(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code, weights=False)
@@ -127,6 +127,8 @@ def run_generate(options: argparse.Namespace) -> int:
         raise QloraKitError("--system goes with --chat, not with --prompt", fix="Put it into the prompt")
     folder = Path(options.model)
     if (folder / "genai_config.json").is_file() or (folder / "onnx").is_dir():
+        if options.adapter is not None:
+            raise QloraKitError(f"{folder} is a bundle: its adapter is merged", fix="Give a run or a base model")
         return _generate_from_bundle(options)
     from qlora_kit.generate import generate_command
 
@@ -140,6 +142,7 @@ def run_generate(options: argparse.Namespace) -> int:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
+        adapter=options.adapter,
     )
     return 0
 
@@ -151,6 +154,12 @@ def run_report(options: argparse.Namespace) -> None:
     print(write_report(RunFolder.open(options.run or last_run()).path))
 
 
+def run_adapter_action(options: argparse.Namespace) -> None:
+    from qlora_kit.adapter_tools.commands import run_adapters
+
+    run_adapters(options)
+
+
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "doctor": run_doctor,
     "plan": run_plan,
@@ -160,6 +169,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "export": run_export,
     "generate": run_generate,
     "report": run_report,
+    "adapters": run_adapter_action,
 }
 
 

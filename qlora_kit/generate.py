@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from qlora_kit.adapters.folders import adapter_folder
+from qlora_kit.adapters.peft_format import load_adapter
+from qlora_kit.adapters.prompt_tuning import virtual_tokens
 from qlora_kit.data.template import render_chat, stop_token_ids
 from qlora_kit.errors import ModelError
 from qlora_kit.model.load import load_base, load_tokenizer
@@ -66,8 +69,8 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Tokens that the model was made for, prompt and answer together."""
-    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    """Tokens that the model was made for, prompt and answer together, without virtual ones."""
+    return (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - virtual_tokens(model)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -76,15 +79,26 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def generate_command(
-    name: str, *, prompt: str | None, chat: str | None, system: str | None, seed: int, **options: Any
+    name: str,
+    *,
+    prompt: str | None,
+    chat: str | None,
+    system: str | None,
+    seed: int,
+    adapter: str | None = None,
+    **options: Any,
 ) -> None:
     """Prints an answer as it is made; a conversation until an empty line where neither prompt nor chat text is given.
 
+    Args:
+        adapter: a run or an adapter's folder, used on the run's or model's base instead of the run's own.
+
     Raises:
+        AdapterError: the adapter is not there, or does not fit the base.
         ModelError, RunError: there is no such run or model, or the prompt does not fit it.
         DataError: it has no chat template, or the template refuses these turns.
     """
-    model, tokenizer = _load(name)
+    model, tokenizer = _load(name, adapter)
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
@@ -109,12 +123,16 @@ def generate_command(
             messages.append({"role": "assistant", "content": decode(tokenizer, answer)})
 
 
-def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(name: str, adapter: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = adapter_folder(Path(adapter)) if adapter is not None else None
     if (Path(name) / "recipe.yaml").is_file():
         run = RunFolder.open(name)
-        return load_tuned(run, best_device()), load_run_tokenizer(run)
+        return load_tuned(run, best_device(), folder), load_run_tokenizer(run)
     source = find_base(name)
-    return load_base(source, device=best_device()), load_tokenizer(source.folder)
+    model = load_base(source, device=best_device())
+    if folder is not None:
+        load_adapter(model, folder)
+    return model.eval(), load_tokenizer(source.folder)
 
 
 def _ask() -> str:

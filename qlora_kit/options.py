@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qlora_kit import __version__
+from qlora_kit.options_adapters import add_adapter_actions
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,12 +37,13 @@ def build_parser() -> argparse.ArgumentParser:
     _export(_verb(verbs, "export", "merge, write ONNX bundles, and prove them"))
     _generate(_verb(verbs, "generate", "let a run, a bundle or a base model answer"))
     _add_run(_verb(verbs, "report", "write a run's report.html again"))
+    add_adapter_actions(_verb(verbs, "adapters", "list, combine, convert or inspect adapters"))
     return parser
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
     _add_recipe(parser)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where it would train (default cuda)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="where it would train (default: what is here)")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
@@ -78,6 +80,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompt", help="text to continue as it stands")
     what.add_argument("--chat", nargs="?", const="", help="one user turn; without text a conversation")
     parser.add_argument("--system", help="system turn of a chat")
+    parser.add_argument("--adapter", metavar="FOLDER", help="use this adapter on the run's base, or on the base model")
     parser.add_argument("--max-new-tokens", type=_number(int, 1), default=256, help="default 256")
     parser.add_argument(
         "--temperature", type=_number(float, 0), default=0.0, help="0 (default) always takes the likeliest token"

@@ -96,6 +96,21 @@ class DataSection(Section):
         return self.train
 
 
+class DistillSection(Section):
+    teacher: Text = "base"
+    """`base`: the unquantized base guides its quantized self; or a hub id, folder or GGUF with the same tokens."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    quant: Literal["nf4", "fp4", "int8", "none"] = "none"
+    """How the teacher's linear layers are stored."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Softens both sides' probabilities (Hinton et al. 2015)."""
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the teacher in the loss; the rest is the labels' cross-entropy."""
+    top_k: Positive | None = None
+    """Ask the teacher once, before the first step, and keep its likeliest tokens on disk; null: ask at each step."""
+
+
 class TrainSection(Section):
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "paged_adamw_8bit"
     """bitsandbytes' 8-bit and paged AdamW need CUDA; on a CPU torch's AdamW takes their place, and says so."""
@@ -135,6 +150,8 @@ class TrainSection(Section):
     """Newest checkpoints kept; the best one is kept beside them."""
     early_stopping_patience: Positive | None = None
     """Evaluations without improvement after which training stops."""
+    distill: DistillSection | None = None
+    """A teacher's probabilities guide the training beside the labels; null: the labels alone."""
     trackers: list[Literal["tensorboard", "wandb"]] = []
     """Beside metrics.jsonl, through accelerate."""
     threads: Positive | None = None
@@ -192,7 +209,15 @@ def _length_problems(recipe: Recipe) -> list[str]:
     if data.streaming and (train.max_steps is None or data.eval is None):
         problems.append("data.streaming needs train.max_steps and data.eval: a stream has no known length to split")
     if train.max_steps is not None and train.warmup_steps > train.max_steps:
-        problems.append(f"train.warmup_steps {train.warmup_steps} is more than max_steps {train.max_steps}")
+        fix = f"set train.warmup_steps to {train.max_steps} at most"
+        problems.append(f"train.warmup_steps {train.warmup_steps} is more than max_steps {train.max_steps}: {fix}")
+    if train.distill and recipe.adapter.new_tokens:
+        problems.append("train.distill cannot be had with adapter.new_tokens: the teacher does not know them")
+    if train.distill and train.distill.top_k and data.streaming:
+        problems.append("train.distill.top_k needs rows that are read first: leave it out, or data.streaming")
+    if recipe.adapter.trains_all and recipe.base.quant != "none":
+        got = f"got {recipe.base.quant}; codes cannot be trained"
+        problems.append(f"adapter.method {recipe.adapter.method} needs base.quant: none ({got})")
     if train.early_stopping_patience and not train.eval_every:
         problems.append("train.early_stopping_patience needs train.eval_every")
     return problems

@@ -8,7 +8,7 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -27,6 +27,7 @@ _SCALARS = {  # tag, pattern and first characters of YAML 1.2's core schema (sec
     ),
 }
 _YAML_TAG = "tag:yaml.org,2002:"
+_NOT_FINITE = re.compile(r"^[-+]?(nan|inf|infinity)$", re.I)  # what YAML reads as text: its own are .nan and .inf
 
 
 class _Yaml12Loader(yaml.SafeLoader):
@@ -187,6 +188,8 @@ def _explain(item: Any) -> str:
         message = "Input should be text or a list" if ONE in item["loc"] else "Input should be text"
         if isinstance(item["input"], int | float):
             message += f": write it in quotes, '{item['input']}'"
+    if item["type"] in ("float_type", "int_type") and _NOT_FINITE.match(str(item["input"])):
+        message = "Numbers must be finite"
     return f"{field}: got {item['input']!r} ({type(item['input']).__name__}); {message[0].lower()}{message[1:]}"
 
 
@@ -200,7 +203,8 @@ def _nearest(place: tuple[Any, ...]) -> str:
         elif part == "train" and model is DataSection:
             model = DataSource
         elif isinstance(part, str) and not part.startswith("<"):
-            model = model.model_fields[part].annotation
+            annotation = model.model_fields[part].annotation  # perhaps `Section | None`
+            model = next(iter(get_args(annotation)), annotation)
     names = [field.alias or name for name, field in model.model_fields.items()]
     close = difflib.get_close_matches(str(place[-1]), names, n=1)
     return f" (did you mean {close[0]}?)" if close else f"; allowed: {', '.join(names)}"

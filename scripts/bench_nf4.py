@@ -80,8 +80,8 @@ def _report(options: argparse.Namespace, zero_shot: dict[str, float], losses: di
     nf4, none = np.array(losses["nf4"]), np.array(losses["none"])
     percent = t_interval(100 * (nf4 / none - 1))
     difference = paired_t_interval(nf4, none)
-    gap_before, gap_after = zero_shot["nf4"] - zero_shot["none"], float((nf4 - none).mean())
-    closed = 1 - gap_after / gap_before
+    gap_before = zero_shot["nf4"] - zero_shot["none"]
+    closed = t_interval(1 - (nf4 - none) / gap_before)
     tree = {
         "seeds": options.seeds,
         "steps": options.steps,
@@ -89,7 +89,7 @@ def _report(options: argparse.Namespace, zero_shot: dict[str, float], losses: di
         "zero_shot_loss": zero_shot,
         "final_loss": losses,
         "final_percent": asdict(percent),
-        "gap_closed": closed,
+        "gap_closed": asdict(closed),
         **env,
     }
     rows = [
@@ -110,8 +110,8 @@ def _report(options: argparse.Namespace, zero_shot: dict[str, float], losses: di
         "Brackets are paired 95% t intervals over seeds.\n\n"
         "| | 16-bit base | NF4 base | difference |\n|---|---|---|---|\n"
         + "\n".join(rows)
-        + f"\n\nThe final loss is {verdict} 2% of the 16-bit base's; training closed {closed:.0%} of the gap that "
-        "quantization opened.\n\n"
+        + f"\n\nThe final loss is {verdict} 2% of the 16-bit base's; training closed {closed.value:.0%} "
+        f"[{closed.low:.0%}, {closed.high:.0%}] of the gap that quantization opened.\n\n"
         + f"`python scripts/bench_nf4.py --data PATH/gsm8k --steps {options.steps}` on "
         + hardware_line(env)
     )

@@ -36,16 +36,18 @@ def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def environment(run: Path) -> dict[str, Any]:
-    """Hardware and versions that a run was made with."""
+    """Hardware, versions and commit that a run was made with; the commit is the one that is checked out now."""
     made = manifest(run)
-    return {"machine": made["machine"], "tools": made["tools"]}
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "rev-parse", "HEAD"], check=False, cwd=here, capture_output=True, text=True)
+    return {"machine": made["machine"], "tools": made["tools"], "commit": found.stdout.strip() or None}
 
 
-def write(name: str, tree: dict[str, Any], table: str) -> None:
-    """Writes benchmarks/NAME.json and NAME.md."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(table, encoding="utf-8")
+def write(name: str, tree: dict[str, Any], table: str, folder: Path = RESULTS) -> None:
+    """Writes FOLDER/NAME.json and NAME.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(table, encoding="utf-8")
     print(table)
 
 

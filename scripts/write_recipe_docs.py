@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from qlora_kit.adapters.settings import SETTINGS, AdapterSettings, LowRankSettings
-from qlora_kit.recipe import DataSource, Recipe
+from qlora_kit.adapters.settings import SETTINGS, AdapterSettings, GrowthStage, LowRankSettings
+from qlora_kit.recipe import DataSource, DistillSection, Recipe
 
 TARGET = Path(__file__).parents[1] / "docs" / "recipe.md"
 HEAD = """# The recipe
@@ -29,12 +29,15 @@ A recipe must say `run.name`, `base.model`, `data.train`, and either `train.max_
 BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}"}
 BOUNDS |= {"min_length": "length ≥ {}", "max_length": "length ≤ {}", "pattern": "`{}`"}
 NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
+NESTED: dict[Any, str] = {DataSource: "source", GrowthStage: "stage", DistillSection: "section"}
 
 
 def render() -> str:
     parts: list[str] = []
     for name, field in Recipe.model_fields.items():
         parts += _adapter() if name == "adapter" else [f"## {name}\n\n{_table(field.annotation)}\n"]
+    parts.append(f"## A stage in the list adapter.growth\n\n{_table(GrowthStage)}\n")
+    parts.append(f"## The section train.distill\n\n{_table(DistillSection)}\n")
     parts.append(f"## A source in a list under data.train\n\n{_table(DataSource)}\n")
     return "\n".join([HEAD, *parts, ""])
 
@@ -78,7 +81,7 @@ def _kind(annotation: Any) -> str:
         return f"list of {_kind(inner[0])}"
     if origin is dict:
         return f"map of {_kind(inner[0])} to {_kind(inner[1])}"
-    return "source" if annotation is DataSource else NAMES[annotation]
+    return NESTED.get(annotation) or NAMES[annotation]
 
 
 def _limits(metadata: Any) -> Iterator[str]:

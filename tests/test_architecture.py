@@ -22,8 +22,10 @@ LAYERS = {  # part of qlora_kit: the parts it may import, besides itself, errors
     "plan": {"recipe", "model", "adapters"},
     "data": {"recipe"},
     "train": {"recipe", "recipe_file", "kernels", "adapters", "model", "data", "generate"},
-    "generate": {"model", "data", "train"},
-    "options": set(),
+    "generate": {"adapters", "model", "data", "train"},
+    "options": {"options_adapters"},
+    "options_adapters": set(),
+    "adapter_tools": {"adapters", "model", "train", "report"},
     "report": {"train", "recipe", "recipe_file", "eval"},
     "export": {"recipe", "adapters", "model", "data", "train"},
     "eval": {"recipe", "model", "data", "train", "export", "generate"},
@@ -39,6 +41,7 @@ LAYERS = {  # part of qlora_kit: the parts it may import, besides itself, errors
         "export",
         "generate",
         "report",
+        "adapter_tools",
     },
 }
 OF_DATA = {"DataSection", "DataSource"}  # all of the recipe that data may see

@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_kit.adapters.lora import Lora
+from qlora_kit.adapters.methods import METHODS
 from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.plan import ARCHITECTURES, Plan, find_config, model_shapes, plan, print_plan
@@ -210,6 +211,24 @@ def test_fp16_trains_whole_modules_in_fp32() -> None:
     assert parts(found)["output head"] == 2 * 160 * 96
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "targets"),
+    [("llama", LLAMA, ["embed_tokens", "q_proj"]), ("gpt2", GPT2, r".*\.(wte|wpe|c_fc)")],
+)
+def test_an_adapted_embedding_counts(kind: str, options: dict[str, Any], targets: str | list[str]) -> None:
+    model, config = tiny_model(kind, options)
+    found = plan(recipe_of(adapter={"rank": 5, "target_modules": targets}), config)
+    assert isinstance(model, PreTrainedModel)
+    assert found.targets == Lora(LoraSettings(rank=5, target_modules=targets)).inject(model)
+    assert found.adapter_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_rank_that_grows_counts_as_it_ends() -> None:
+    config, growth = LLAMA | {"model_type": "llama"}, [{"at": 0.5, "rank": 8}, {"at": 0.7, "rank": 12}]
+    ends = plan(recipe_of(adapter={"rank": 12}), config)
+    assert plan(recipe_of(adapter={"rank": 4, "growth": growth}), config).adapter_parameters == ends.adapter_parameters
+
+
 @pytest.mark.parametrize(("bias", "extra"), [("none", 0), ("lora_only", 2 * 3 * 48), ("all", 1)])
 def test_trained_biases(bias: str, extra: int) -> None:
     model, config = tiny_model("gpt2", GPT2)
@@ -218,6 +237,43 @@ def test_trained_biases(bias: str, extra: int) -> None:
     if bias == "all":
         extra = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith("bias"))
     assert found - without == extra
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "prompt_tuning", "bitfit", "full"])
+@pytest.mark.parametrize(("kind", "options"), CONFIGS)
+def test_methods_beside_the_low_rank_ones(kind: str, options: dict[str, Any], method: str) -> None:
+    model, config = tiny_model(kind, options)
+    assert isinstance(model, PreTrainedModel)
+    recipe = recipe_of(adapter={"method": method}, base={"model": "tiny", "quant": "none"})
+    found = plan(recipe, config)
+    if method == "bitfit" and not any(name.endswith("bias") for name, _ in model.named_parameters()):
+        assert found.trainable_parameters == 0
+        return
+    stored = [] if method == "prompt_tuning" else None  # a model without weights has no vectors to start from
+    assert METHODS[method](recipe.adapter).inject(model, stored) == found.targets
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    assert found.trainable_parameters == sum(trained)
+    sizes, in_base = parts(found), method in ("bitfit", "full")
+    assert sizes["adapter"] == (0 if in_base else 2 * sum(trained))
+    assert sizes["gradients"] == sizes["low bits of bf16 weights"] == 2 * sum(trained)
+    assert sizes["optimizer states"] == sum(optimizer_bytes(size, recipe.train.optimizer, "cuda") for size in trained)
+    names = ("linear layers", "linear layers trained in full", "embeddings", "output head", "norms and biases")
+    assert sum(sizes.get(name, 0) for name in names) == 2 * found.base_parameters
+
+
+@pytest.mark.parametrize("method", ["adalora", "sora"])
+def test_methods_that_prune(method: str) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA))
+    recipe = recipe_of(adapter={"method": method, "rank": 4, "dtype": "fp32"})
+    found = plan(recipe, LLAMA | {"model_type": "llama"})
+    own = METHODS[method](recipe.adapter)
+    assert own.inject(model) == found.targets
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert found.trainable_parameters == sum(parameter.numel() for parameter in trained)
+    model(torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)).loss.backward()
+    own.after_step(model, 1, 100, 0.1)
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in own.state().values())
+    assert parts(found).get("kept from step to step", 0) == kept and (kept > 0) == (method == "adalora")
 
 
 def test_eight_bit_optimizer_needs_cuda() -> None:

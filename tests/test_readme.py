@@ -21,16 +21,17 @@ from qlora_kit.recipe_file import load_recipe, parse_recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.M | re.S)
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
 def commands() -> list[str]:
     """Lines of ```bash blocks and of indented blocks that are commands, and commands in `code` of the text."""
-    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks("bash", TEXT + METHODS) for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"^    ((?:make|qlora-kit|qlora-runtime) .+)$", TEXT, re.M)
     prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.M | re.S)
     lines += [" ".join(text.split()) for text in re.findall(r"`((?:make|qlora-kit|qlora-runtime) [^`]+)`", prose)]
@@ -102,6 +103,7 @@ def test_the_quick_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         section, key = field.split(".")
         overrides.append(f"{field}={json.dumps(tree[section][key])}")
     run_in_order("A quick tour", overrides, monkeypatch)
+    run_in_order("Other methods, several adapters, a teacher", overrides, monkeypatch)
     results = json.loads((tmp_path / "runs/smollm2-sentiment/eval/results.json").read_text(encoding="utf-8"))
     assert len(results["forms"]) == 6
 

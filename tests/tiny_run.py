@@ -15,6 +15,7 @@ from filelock import FileLock
 from tiny_models import save_tiny_model
 
 from qlora_kit.cli import main
+from qlora_kit.train.run_folder import RunFolder
 
 QUESTIONS = ("a film by the sea", "seven boats", "the ferryman", "bread and salt", "an iron bridge", "lamp oil")
 
@@ -73,6 +74,17 @@ def changed_copy(run: Path, target: Path, **sections: dict[str, Any]) -> Path:
     for section, fields in sections.items():
         tree[section].update(fields)
     (target / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return target
+
+
+def killed_after(run: Path, step: int, target: Path) -> Path:
+    """A copy of a run as a kill after `step` would have left it."""
+    shutil.copytree(run, target)
+    shutil.rmtree(target / "adapter")
+    for folder in target.glob("checkpoints/step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    RunFolder.open(target).update_manifest(status="running", step=step, checkpoint=step)
     return target
 
 

@@ -105,6 +105,28 @@ class Bundle:
         ends = set(model.eos_token_ids) if stop_at_eos else set()
         return self._decode(prompt, sampling or Sampling(), ends)
 
+    def best_tokens(self, prompt_ids: npt.ArrayLike, answer_ids: npt.ArrayLike) -> Iterator[int]:
+        """The most probable token at each step of a given answer, which is read instead of the own one.
+
+        Args:
+            prompt_ids: int64 [seq], without padding.
+            answer_ids: int64 [answer]; the last one is not read, as nothing follows.
+
+        Raises:
+            PromptTooLongError: prompt and answer are more than the context holds.
+            ArgumentError: one of them is empty, of another shape, or outside the vocabulary.
+            ModelOutputError: while reading, where the model's logits are not finite.
+        """
+        model = self.manifest.model
+        prompt = checked_ids(prompt_ids, model, dimensions=1)
+        answer = checked_ids(answer_ids, model, dimensions=1)
+        if len(prompt) + len(answer) > model.context_length:
+            raise PromptTooLongError(
+                f"prompt and answer have {len(prompt) + len(answer)} tokens, the model's context holds "
+                f"{model.context_length}. Shorten one of them."
+            )
+        return self._read_along(prompt, answer)
+
     def render_chat(
         self,
         messages: Sequence[Message],
@@ -145,6 +167,14 @@ class Bundle:
             yield token
             if token in ends:
                 return
+            unread = np.array([token], dtype=np.int64)
+
+    def _read_along(self, prompt: Int64Array, answer: Int64Array) -> Iterator[int]:
+        decoding = Decoding(self._decoder, len(prompt) + len(answer))
+        sampler = Sampler(Sampling())
+        unread = prompt
+        for token in answer:
+            yield sampler.choose(prompt.tolist(), decoding.read(unread))
             unread = np.array([token], dtype=np.int64)
 
 

@@ -14,7 +14,7 @@ from qlora_runtime.errors import ArgumentError
 from qlora_runtime.generate import TextStream, generate, stream_text
 from qlora_runtime.sampling import Sampling
 from qlora_runtime.schema import Manifest, Verification
-from qlora_runtime.verify import Report
+from qlora_runtime.verify import NO_GREEDY_TOKEN, Report
 
 
 def sampling_from(options: argparse.Namespace) -> Sampling:
@@ -135,7 +135,8 @@ def print_report(report: Report, as_json: bool) -> None:
         print(f"{report.prompts} prompts, {report.positions} positions")
         print(f"largest logit difference  {report.max_logit_difference:.6g}")
         print(f"same most probable token  {report.top1_agreement:.4%}")
-        print(f"greedy tokens equal       {report.greedy_tokens_equal} of {report.greedy_tokens_compared}")
+        equal = f"{report.greedy_tokens_equal} of {report.greedy_tokens_compared}"
+        print(f"greedy tokens equal       {equal}" if report.greedy_tokens_compared else NO_GREEDY_TOKEN)
     print("PASSED" if report.passed else "FAILED")
 
 

@@ -17,7 +17,9 @@ class Tolerance:
 
     max_logit: float  # the largest difference allowed of any one logit
     min_top1: float  # the share of positions, 0 to 1, whose most probable token must be the same
-    greedy_margin: float  # greedy answers are compared up to the first token won by less than this
+    greedy_margin: float  # a token of a greedy answer is compared where it was won by at least this
+    # True: all those tokens are compared. False, as in older bundles: those before the first won by less.
+    every_greedy_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def read_reference(bundle_dir: Path | str) -> Reference:
 def write_reference(bundle_dir: Path | str, reference: Reference) -> None:
     """Put reference.json into the folder, atomically. Raises FormatError where it could not be read back."""
     tolerance = reference.tolerance
-    value = {
+    value: dict[str, Any] = {
         "prompts": [
             {
                 "input_ids": prompt.input_ids,
@@ -68,6 +70,8 @@ def write_reference(bundle_dir: Path | str, reference: Reference) -> None:
             "greedy_margin": tolerance.greedy_margin,
         },
     }
+    if tolerance.every_greedy_token:
+        value["tolerance"]["every_greedy_token"] = True
     _parse(value)
     write_atomic(Path(bundle_dir) / REFERENCE, dump(value))
 
@@ -77,9 +81,7 @@ def _parse(value: JsonObject) -> Reference:
     prompts = fields.take(
         "prompts", "a list of at least one prompt", lambda v: isinstance(v, list) and len(v) > 0
     )
-    tolerance = Fields(
-        fields.object("tolerance"), f"{REFERENCE}: tolerance", {"max_logit", "min_top1", "greedy_margin"}
-    )
+    tolerance = _tolerance_fields(fields.object("tolerance"))
     return Reference(
         prompts=[
             _parse_prompt(prompt, f"{REFERENCE}: prompts[{index}]") for index, prompt in enumerate(prompts)
@@ -88,8 +90,17 @@ def _parse(value: JsonObject) -> Reference:
             max_logit=tolerance.number("max_logit"),
             min_top1=tolerance.number("min_top1"),
             greedy_margin=tolerance.number("greedy_margin"),
+            every_greedy_token=tolerance.take(
+                "every_greedy_token", "true or false", lambda v: isinstance(v, bool)
+            ),
         ),
     )
+
+
+def _tolerance_fields(value: JsonObject) -> Fields:
+    """The tolerance, with what bundles older than a field mean by its absence."""
+    known = {"max_logit", "min_top1", "greedy_margin", "every_greedy_token"}
+    return Fields({"every_greedy_token": False} | value, f"{REFERENCE}: tolerance", known)
 
 
 def _parse_prompt(value: Any, where: str) -> ReferencePrompt:

@@ -11,8 +11,9 @@ from qlora_runtime.bundle import Bundle
 from qlora_runtime.errors import BundleError, ForeignFileError
 from qlora_runtime.manifest import find_problems
 from qlora_runtime.reference import Reference, ReferencePrompt, Tolerance, read_reference
-from qlora_runtime.sampling import Sampling
 from qlora_runtime.schema import read_manifest
+
+NO_GREEDY_TOKEN = "no greedy token was decided clearly enough to compare"
 
 
 @dataclass
@@ -116,25 +117,36 @@ def _logit_reasons(report: Report, tolerance: Tolerance) -> list[str]:
 def _compare_greedy(
     bundle: Bundle, index: int, prompt: ReferencePrompt, tolerance: Tolerance, report: Report
 ) -> None:
-    """Greedy answers must be the same, up to the first token that the trained model itself won narrowly."""
-    narrow = [step for step, margin in enumerate(prompt.margins) if margin < tolerance.greedy_margin]
-    expected = prompt.greedy_ids[: narrow[0]] if narrow else prompt.greedy_ids
-    if not expected:
+    """Reads prompt and trained model's answer: each token that was won clearly must be the bundle's best too.
+
+    Reading goes token by token through the cache, as in generating: so the cache is verified too.
+    """
+    steps = _decided_steps(prompt, tolerance)
+    if not steps:
         return
-    sampling = Sampling(max_new_tokens=len(expected))
-    report.greedy_tokens_compared += len(expected)
+    report.greedy_tokens_compared += len(steps)
     try:
-        for step, token in enumerate(bundle.stream(prompt.input_ids, sampling, stop_at_eos=False)):
-            if token != expected[step]:
-                report.reasons.append(
-                    f"prompt {index}: greedy token {step} is {token}, the trained model's is "
-                    f"{expected[step]}, which it won by {prompt.margins[step]:.3g} (compared from "
-                    f"{tolerance.greedy_margin} up)."
-                )
-                return
-            report.greedy_tokens_equal += 1
+        best = list(bundle.best_tokens(prompt.input_ids, prompt.greedy_ids[: steps[-1] + 1]))
     except BundleError as error:
         report.reasons.append(f"prompt {index}: {error}")
+        return
+    different = [step for step in steps if best[step] != prompt.greedy_ids[step]]
+    report.greedy_tokens_equal += len(steps) - len(different)
+    if different:
+        step = different[0]
+        report.reasons.append(
+            f"prompt {index}: greedy token {step} is {best[step]}, the trained model's is "
+            f"{prompt.greedy_ids[step]}, which it won by {prompt.margins[step]:.3g} (compared from "
+            f"{tolerance.greedy_margin} up); {len(steps) - len(different)} of {len(steps)} are the same."
+        )
+
+
+def _decided_steps(prompt: ReferencePrompt, tolerance: Tolerance) -> list[int]:
+    """Steps of the answer that the trained model won by the margin."""
+    decided = [step for step, margin in enumerate(prompt.margins) if margin >= tolerance.greedy_margin]
+    if tolerance.every_greedy_token:
+        return decided
+    return [step for place, step in enumerate(decided) if step == place]
 
 
 def _check_fits(bundle: Bundle, index: int, prompt: ReferencePrompt) -> None:

@@ -1,6 +1,8 @@
-"""A frozen linear layer with something trained beside it: what every adapter's layer has."""
+"""A frozen layer with something trained beside it: what every adapter's layer has."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,35 @@ LinearLayer = nn.Linear | Conv1D | QuantizedLinear
 LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLayer(nn.Module):
     """Holds the frozen layer as submodule `base_layer`; subclasses add weights and the arithmetic."""
 
-    def __init__(self, base: LinearLayer) -> None:
+    base_layer: nn.Module
+
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base_layer = base
+
+    @property
+    def device(self) -> torch.device:
+        return next(tensor.device for tensor in (*self.base_layer.buffers(), *self.base_layer.parameters()))
+
+    def merged_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name of a weight of the base to (the one that computes the same without adapter, what that adds), float32.
+
+        Raises:
+            AdapterError: no plain layer computes the same.
+        """
+        raise AdapterError(f"{type(self).__name__} cannot be merged", fix="Use the adapter beside its base")
+
+
+class AdaptedLinear(AdaptedLayer):
+    """An adapted linear layer, whatever stores its weight."""
+
+    base_layer: LinearLayer
+
+    def __init__(self, base: LinearLayer) -> None:
+        super().__init__(base)
         self.in_features, self.out_features = linear_shape(base)
 
     @property
@@ -30,9 +55,8 @@ class AdaptedLinear(nn.Module):
     def expand(self) -> ExpandWeight:
         return weight_expander(self.base_layer)
 
-    @property
-    def device(self) -> torch.device:
-        return next(tensor.device for tensor in (*self.base_layer.buffers(), *self.base_layer.parameters()))
+    def merged_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {"weight": self.merged()}
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """(the weight of a plain layer that computes the same, its difference from W), float32 [out, in].
@@ -41,6 +65,14 @@ class AdaptedLinear(nn.Module):
             AdapterError: no plain layer computes the same.
         """
         raise AdapterError(f"{type(self).__name__} cannot be merged", fix="Use the adapter beside its base")
+
+
+def fresh_projection(*shape: int) -> Tensor:
+    """A start for A, float32: Kaiming-uniform with a = sqrt(5), as in the reference implementation (microsoft/LoRA).
+
+    Drawn on the CPU, rounded to bf16: the same on every device, in every dtype.
+    """
+    return nn.init.kaiming_uniform_(torch.empty(*shape), a=math.sqrt(5)).bfloat16().float()
 
 
 def linear_shape(layer: LinearLayer) -> tuple[int, int]:

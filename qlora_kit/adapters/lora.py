@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.adapters.inject import inject_layers
-from qlora_kit.adapters.layer import AdaptedLinear, LinearLayer
+from qlora_kit.adapters.growth import take_rank
+from qlora_kit.adapters.inject import Kinds, adapted_layers, inject_layers
+from qlora_kit.adapters.layer import LINEAR, AdaptedLayer, AdaptedLinear, LinearLayer, fresh_projection
+from qlora_kit.adapters.lora_conv import LoraConv
+from qlora_kit.adapters.lora_embedding import LoraEmbedding
+from qlora_kit.adapters.lora_recurrent import LoraRecurrent
+from qlora_kit.adapters.low_rank_settings import FactorSettings
 from qlora_kit.adapters.method import DTYPES, Method
 from qlora_kit.adapters.peft_config import check_low_rank_config, low_rank_config, read_low_rank_config
 from qlora_kit.adapters.settings import LoraSettings, LowRankSettings
@@ -31,16 +37,13 @@ class LoraLinear(AdaptedLinear):
     implementation (microsoft/LoRA), so that training starts at the base model's function.
     """
 
-    def __init__(self, base: LinearLayer, settings: LowRankSettings) -> None:
+    def __init__(self, base: LinearLayer, settings: FactorSettings) -> None:
         super().__init__(base)
         self.rank, self.scaling, self.dropout = settings.rank, settings.scaling, settings.dropout
         kind: Any = {"dtype": DTYPES[settings.dtype], "device": self.device}
         self.lora_A = nn.Parameter(torch.empty(self.rank, self.in_features, **kind))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, self.rank, **kind))
-        # Drawn on the CPU, rounded to bf16: the same on every device, in every dtype.
-        fresh = torch.empty(self.rank, self.in_features)
-        nn.init.kaiming_uniform_(fresh, a=math.sqrt(5))
-        self.lora_A.data.copy_(fresh.bfloat16())
+        self.lora_A.data.copy_(fresh_projection(self.rank, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""
@@ -66,12 +69,14 @@ class LowRank(Method[L]):
     peft_type = "LORA"
     stored_as: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     layer_class: ClassVar[type[LoraLinear]] = LoraLinear
+    kinds: ClassVar[Kinds] = LINEAR
 
     def inject(self, model: PreTrainedModel, targets: list[str] | None = None) -> list[str]:
-        def wrap(layer: LinearLayer, name: str) -> AdaptedLinear:
-            return self.layer_class(layer, self.settings.for_layer(name))
+        return inject_layers(model, self.settings, self.make_layer, targets, self.kinds)
 
-        return inject_layers(model, self.settings, wrap, targets)
+    def make_layer(self, base: Any, name: str) -> AdaptedLayer:
+        """A fresh adapted layer around the frozen layer `base`, which is called `name`."""
+        return self.layer_class(base, self.settings.for_layer(name))
 
     def config(self, model: PreTrainedModel) -> dict[str, Any]:
         return low_rank_config(model, self.settings)
@@ -81,15 +86,63 @@ class LowRank(Method[L]):
         check_low_rank_config(config, origin)
 
     def lr_factor(self, name: str) -> float:
-        return self.settings.lr_ratio if name.endswith("lora_B") else 1.0
+        return self.settings.lr_ratio if "lora_B" in name.split(".")[-2:] else 1.0
+
+
+LAYERS: dict[type[nn.Module], Callable[[Any, LowRankSettings], AdaptedLayer]] = {
+    **dict.fromkeys(LINEAR, LoraLinear),
+    nn.Embedding: LoraEmbedding,
+    nn.Conv1d: LoraConv,
+    nn.Conv2d: LoraConv,
+    nn.LSTM: LoraRecurrent,
+    nn.GRU: LoraRecurrent,
+}
+"""What LoRA adapts, and the adapted layer of each."""
 
 
 class Lora(LowRank[LoraSettings]):
-    """LoRA; with lr_ratio, LoRA+."""
+    """LoRA; with lr_ratio, LoRA+. Beside linear layers it adapts embeddings, convolutions and recurrent layers."""
+
+    stored_as: ClassVar[dict[str, str]] = {
+        **LowRank.stored_as,
+        "lora_embedding_A": "lora_embedding_A",
+        "lora_embedding_B": "lora_embedding_B",
+    }
+    kinds = tuple(LAYERS)
+
+    def __init__(self, settings: LoraSettings) -> None:
+        super().__init__(settings)
+        self._at_start = settings
+
+    def resize(self, model: PreTrainedModel, step: int, total_steps: int) -> dict[str, nn.Parameter]:
+        return self.change_rank(model, self._at_start.at_step(step, total_steps))
+
+    def change_rank(self, model: nn.Module, settings: LoraSettings) -> dict[str, nn.Parameter]:
+        """Gives each layer the rank that `settings` have for it. Returns the new parameters by name.
+
+        A layer that grows computes what it did: of the new rows of A and columns of B, those of one are zero.
+        """
+        self.settings = settings
+        changed: dict[str, nn.Parameter] = {}
+        for name, layer in adapted_layers(model):
+            if cast(Any, layer).rank != settings.for_layer(name).rank:
+                fresh = take_rank(layer, self.make_layer(layer.base_layer, name))
+                changed |= {f"{name}.{own}": parameter for own, parameter in fresh.items()}
+        return changed
+
+    def make_layer(self, base: Any, name: str) -> AdaptedLayer:
+        settings = self.settings.for_layer(name)
+        return next(made for kind, made in LAYERS.items() if isinstance(base, kind))(base, settings)
+
+    @classmethod
+    def layer_of(cls, key: str) -> str | None:
+        recurrent = re.fullmatch(r"(.+)\.lora_[AB]\.weight_(ih|hh|hr)_l\d+(_reverse)?", key)
+        return recurrent[1] if recurrent else super().layer_of(key)
 
     @classmethod
     def reads(cls, config: dict[str, Any]) -> bool:
-        return super().reads(config) and not config.get("use_dora")
+        start = str(config.get("init_lora_weights")).lower()
+        return super().reads(config) and not config.get("use_dora") and not start.startswith(("pissa", "loftq"))
 
     @classmethod
     def read_config(cls, config: dict[str, Any], tensors: dict[str, Tensor], origin: Path) -> LoraSettings:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.adapters.settings import AdapterSettings
 
@@ -20,15 +20,24 @@ class Method(Generic[S]):
     Class attributes:
         peft_type: what adapter_config.json calls the method.
         stored_as: own name of a weight to the name it has on disk, both relative to their layer.
+        stored_bare: own parameters of the model that PEFT stores without its prefix.
+        stores_all: whether every weight of the base is trained and stored, a tied one once.
+        replaces_base: whether the method quantizes the base itself, and so is given a whole one.
         cannot_merge: why no plain model computes the same, or None where one does.
     """
 
     peft_type: ClassVar[str]
     stored_as: ClassVar[dict[str, str]] = {}
+    stored_bare: ClassVar[tuple[str, ...]] = ()
+    stores_all: ClassVar[bool] = False
+    replaces_base: ClassVar[bool] = False
     cannot_merge: ClassVar[str | None] = None
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Called with the run's tokenizer before a fresh adapter is injected."""
 
     def inject(self, model: PreTrainedModel, targets: list[str] | None = None) -> list[str]:
         """Freezes `model` and puts a fresh adapter in, in place. Returns the names of the adapted layers.
@@ -56,6 +65,11 @@ class Method(Generic[S]):
         """The settings that an adapter_config.json means; AdapterError names a field that cannot be used."""
         raise NotImplementedError
 
+    @classmethod
+    def read_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], origin: Path) -> dict[str, Tensor]:
+        """The stored tensors in the shapes that fresh layers have; AdapterError names what does not fit together."""
+        return tensors
+
     def lr_factor(self, name: str) -> float:
         """What the learning rate of the trained parameter `name` is multiplied with."""
         return 1.0
@@ -67,6 +81,14 @@ class Method(Generic[S]):
     def after_step(self, model: PreTrainedModel, step: int, total_steps: int, lr: float) -> None:
         """Called after each optimizer step (1 to `total_steps`), with the gradients still there."""
 
+    def resize(self, model: PreTrainedModel, step: int, total_steps: int) -> dict[str, nn.Parameter]:
+        """Gives the trained weights the shapes that they have after `step`. Returns those that changed, by name.
+
+        Called after each optimizer step, and before a checkpoint is filled in. What old and new shape share lies at
+        the start of each dimension.
+        """
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on beside weights and optimizer."""
         return {}
@@ -74,10 +96,22 @@ class Method(Generic[S]):
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what `state` gave."""
 
+    def write_beside(self, folder: Path) -> None:
+        """Writes into an adapter's folder what `inject` needs, beside settings and weights, to make the same base."""
+
+    def read_beside(self, folder: Path) -> None:
+        """Reads what `write_beside` wrote; called before the adapter in `folder` is injected."""
+
     def publish(self, checkpoint: Path, target: Path) -> None:
         """Writes the adapter that ships into the empty folder `target`, from the adapter of a checkpoint."""
         for file in sorted(checkpoint.iterdir()):
             (target / file.name).write_bytes(file.read_bytes())
+
+    @classmethod
+    def layer_of(cls, key: str) -> str | None:
+        """The layer whose own weight is stored as `key` (without PEFT's prefix); None for what is no layer's."""
+        found = (name for name in cls.stored_as.values() if key.endswith(f".{name}"))
+        return next((key.removesuffix(f".{name}") for name in found), None)
 
     def stored_name(self, name: str) -> str:
         """The name on disk of the trained parameter `name`, without PEFT's prefix."""

@@ -5,13 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.adapters.adalora import AdaLora
+from qlora_kit.adapters.bitfit import BitFit
+from qlora_kit.adapters.bottleneck import Bottleneck
 from qlora_kit.adapters.dora import Dora
+from qlora_kit.adapters.full import Full
 from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.prompt_tuning import PromptTuning
 from qlora_kit.adapters.settings import AdapterSettings
+from qlora_kit.adapters.sora import Sora
+from qlora_kit.adapters.svd_init import Loftq, Pissa
 from qlora_kit.errors import AdapterError
 
-METHODS: dict[str, type[Method[Any]]] = {"lora": Lora, "dora": Dora}
+METHODS: dict[str, type[Method[Any]]] = {
+    "lora": Lora,
+    "dora": Dora,
+    "pissa": Pissa,
+    "loftq": Loftq,
+    "adalora": AdaLora,
+    "sora": Sora,
+    "bottleneck": Bottleneck,
+    "prompt_tuning": PromptTuning,
+    "bitfit": BitFit,
+    "full": Full,
+}
 
 
 def method_for(settings: AdapterSettings) -> Method[Any]:

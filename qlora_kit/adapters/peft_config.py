@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapters.inject import adapted_layers
+from qlora_kit.adapters.low_rank_settings import FactorSettings, LowRankSettings
 from qlora_kit.adapters.method import dtype_name
-from qlora_kit.adapters.settings import LowRankSettings
 from qlora_kit.errors import AdapterError
 
 UNSUPPORTED = {
@@ -36,15 +40,22 @@ L = TypeVar("L", bound=LowRankSettings)
 
 def low_rank_config(model: PreTrainedModel, settings: LowRankSettings) -> dict[str, Any]:
     """The fields of a LoRA adapter's adapter_config.json, as plain data."""
-    layers = dict(adapted_layers(model))
-    alpha = settings.alpha
     return {
         "r": settings.rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,  # some readers take integers only
-        "lora_dropout": settings.dropout,
         "use_rslora": settings.use_rslora,
         "rank_pattern": settings.rank_pattern,
         "alpha_pattern": settings.alpha_pattern,
+        **factor_config(model, settings),
+    }
+
+
+def factor_config(model: PreTrainedModel, settings: FactorSettings) -> dict[str, Any]:
+    """The fields that all methods with two factors share, as plain data."""
+    layers = dict(adapted_layers(model))
+    alpha = settings.alpha
+    return {
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,  # some readers take integers only
+        "lora_dropout": settings.dropout,
         "bias": settings.bias,
         "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
         "target_modules": _short_names(model, list(layers)),
@@ -79,28 +90,66 @@ def read_low_rank_config(
     Raises:
         AdapterError: a field is missing, or not of its type.
     """
-    try:
+    with wrong_fields_named(origin, {"rank": "r", "alpha": "lora_alpha"}):
         return kind(
             rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
             use_rslora=bool(config.get("use_rslora", False)),
             rank_pattern=config.get("rank_pattern") or {},
             alpha_pattern={key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
-            dropout=float(config.get("lora_dropout", 0.0)),
-            bias=config.get("bias", "none"),
-            target_modules=config["target_modules"],
-            modules_to_save=list(config.get("modules_to_save") or []),
-            dtype=dtype_name(tensors, (".lora_",)),
+            **factor_fields(config, tensors),
             **more,
         )
+
+
+def factor_fields(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What a configuration says of the fields that all methods with two factors share."""
+    return {
+        "alpha": float(config["lora_alpha"]),
+        "dropout": float(config.get("lora_dropout", 0.0)),
+        "bias": config.get("bias", "none"),
+        "target_modules": config["target_modules"],
+        "modules_to_save": list(config.get("modules_to_save") or []),
+        "dtype": dtype_name(tensors, (".lora_A", ".lora_B")),
+    }
+
+
+@contextmanager
+def wrong_fields_named(origin: Path, names: dict[str, str]) -> Iterator[None]:
+    """Turns what reading a configuration may raise into an AdapterError; `names` maps our fields to the file's."""
+    try:
+        yield
     except KeyError as error:
         raise AdapterError(f"{origin}: field {error} is missing", fix="Save the adapter again") from None
     except ValidationError as error:
         first = error.errors()[0]
-        name = {"rank": "r", "alpha": "lora_alpha"}.get(str(first["loc"][0]), str(first["loc"][0]))
+        if not first["loc"]:
+            raise AdapterError(f"{origin}: {first['msg'].removeprefix('Value error, ')}") from None
+        name = names.get(str(first["loc"][0]), str(first["loc"][0]))
         raise AdapterError(f"{origin}: {name}: {first['msg'].lower()}", got=first["input"]) from None
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{origin}: a field has a wrong type: {error}", fix="Save the adapter again") from None
+
+
+def unscaled_config(ranks: dict[str, int], like: dict[str, Any]) -> dict[str, Any]:
+    """adapter_config.json of a LoRA adapter whose scaling is 1: alpha is the rank, in every layer.
+
+    Args:
+        ranks: of the adapted layers, by their full names.
+        like: the configuration of an adapter on the same base, which gives the fields that are not of the ranks.
+    """
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {re.escape(name): rank for name, rank in ranks.items() if rank != usual}
+    kept = ("task_type", "base_model_name_or_path", "inference_mode", "lora_dropout", "bias", "fan_in_fan_out",
+            "target_modules", "modules_to_save")  # fmt: skip
+    return {
+        "peft_type": "LORA",
+        **{name: like[name] for name in kept},
+        "r": usual,
+        "lora_alpha": usual,
+        "use_rslora": False,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+    }
 
 
 def _short_names(model: PreTrainedModel, targets: list[str]) -> list[str]:

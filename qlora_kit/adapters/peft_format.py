@@ -1,34 +1,33 @@
 """Adapters on disk, in PEFT's format both ways: adapter_config.json and adapter_model.safetensors.
 
 Tensor names are PEFT's: `base_model.model.NAME.lora_A.weight` [rank, in], `….lora_B.weight` [out, rank],
-`base_model.model.NAME.weight` for modules trained in full, `….base_layer.bias` for trained biases of targets.
+`….lora_embedding_A` [rank, vocab], `….lora_embedding_B` [dim, rank]; convolutions have theirs with the kernel's
+dimensions; `base_model.model.NAME.weight` for modules trained in full, `….base_layer.bias` for trained biases of
+targets. Our own, which PEFT has not: `….lora_A.weight_ih_l0` and so on of a recurrent layer.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_kit.adapters.files import CONFIG, PREFIX, read_files, write_adapter
 from qlora_kit.adapters.inject import (
     expand_modules_to_save,
+    input_embedding,
     is_tied_head,
+    output_head,
     trainable_parameters,
     untie_head,
 )
 from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.methods import stored_method
 from qlora_kit.errors import AdapterError
-
-PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,19 +40,15 @@ class StoredAdapter:
 
     def layers(self) -> list[str]:
         """Full names of the layers that hold tensors of the method's own."""
-        found = {}
-        for key in self.tensors:
-            for stored in self.method.stored_as.values():
-                if key.endswith(f".{stored}"):
-                    found[key.removeprefix(PREFIX).removesuffix(f".{stored}")] = True
-        return list(found)
+        layers = (self.method.layer_of(key.removeprefix(PREFIX)) for key in self.tensors)
+        return list(dict.fromkeys(name for name in layers if name is not None))
 
 
 def adapter_tensors(model: PreTrainedModel, method: Method[Any]) -> dict[str, Tensor]:
     """All trained tensors of `model` by PEFT's names, on the CPU, contiguous."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in trainable_parameters(model).items():
-        tensors[PREFIX + method.stored_name(name)] = parameter
+        tensors[name if name in method.stored_bare else PREFIX + method.stored_name(name)] = parameter
     for name in expand_modules_to_save(model, method.settings.modules_to_save):  # a tied weight under both its names
         for child, parameter in model.get_submodule(name).named_parameters():
             tensors[f"{PREFIX}{name}.{child}"] = parameter
@@ -65,19 +60,14 @@ def save_adapter(model: PreTrainedModel, method: Method[Any], folder: Path, base
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "peft_type": method.peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if isinstance(model, PreTrainedModel) else None,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         **method.config(model),
         "modules_to_save": expand_modules_to_save(model, method.settings.modules_to_save) or None,
     }
     write_adapter(folder, config, adapter_tensors(model, method))
-
-
-def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes the two files of an adapter into `folder`, which is there."""
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    method.write_beside(folder)
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
@@ -86,22 +76,9 @@ def read_adapter(folder: Path) -> StoredAdapter:
     Raises:
         AdapterError: a file is missing or damaged, or the adapter uses what this toolkit does not have.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise AdapterError(
-                f"{folder} is no adapter: {name} is missing", fix="Give the folder that PEFT or train wrote"
-            )
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{folder / CONFIG} is not JSON: {error}", fix="Save the adapter again") from None
+    config, tensors = read_files(folder)
     method = stored_method(config, folder / CONFIG)
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise AdapterError(f"{folder / WEIGHTS} is damaged: {error}", fix="Copy or save the adapter again") from None
-    return StoredAdapter(method, config, tensors)
+    return StoredAdapter(method, config, method.read_tensors(config, tensors, folder / CONFIG))
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> Method[Any]:
@@ -123,7 +100,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Method[Any]:
             fix="Load it on the base model it was trained on",
         )
     _match_embeddings(model, stored, folder)
+    stored = take_frozen(model, stored, folder)
     method = stored.method(settings)
+    method.read_beside(folder)
     method.inject(model, targets)
     fill_adapter(model, method, stored.tensors, str(folder))
     return method
@@ -153,10 +132,28 @@ def fill_adapter(model: PreTrainedModel, method: Method[Any], tensors: dict[str,
 
 def _saved_modules(stored: StoredAdapter) -> list[str]:
     """Modules stored in full, by their tensors: PEFT stores resized embeddings too, which its config does not name,
-    and matches names differently (its `norm` means `input_layernorm` as well)."""
-    own = tuple(f".{name}" for name in stored.method.stored_as.values())
-    names = {key.removeprefix(PREFIX).removesuffix(".weight") for key in stored.tensors if not key.endswith(own)}
-    return sorted(name for name in names if f"{PREFIX}{name}.weight" in stored.tensors)
+    and matches names differently (its `norm` means `input_layernorm` as well). None where all of the base is stored."""
+    if stored.method.stores_all:
+        return []
+    keys = (key.removeprefix(PREFIX) for key in stored.tensors)
+    names = {key.removesuffix(".weight") for key in keys if stored.method.layer_of(key) is None}
+    whole = (name for name in names if not name.endswith(".base_layer"))
+    return sorted(name for name in whole if f"{PREFIX}{name}.weight" in stored.tensors)
+
+
+def take_frozen(model: nn.Module, stored: StoredAdapter, folder: Path) -> StoredAdapter:
+    """Moves frozen weights into the base: PEFT stores that of an adapted embedding, and of a head beside it."""
+    left = dict(stored.tensors)
+    for name in stored.layers():
+        key = f"{PREFIX}{name}.base_layer.weight"
+        weight = left.pop(key, None)
+        if weight is not None:
+            layer = model.get_submodule(name)
+            own = cast(Tensor, getattr(layer, "base_layer", layer).weight)
+            if own.shape != weight.shape:
+                raise AdapterError(f"{folder}: shape of {key}", got=list(weight.shape), allowed=str(list(own.shape)))
+            own.data.copy_(weight)
+    return replace(stored, tensors=left)
 
 
 def _match_embeddings(model: PreTrainedModel, stored: StoredAdapter, folder: Path) -> None:
@@ -164,13 +161,16 @@ def _match_embeddings(model: PreTrainedModel, stored: StoredAdapter, folder: Pat
 
     An adapter trained with new tokens holds larger ones than the base; PEFT trains a tied head as a copy.
     """
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
+    embedding, head = input_embedding(model), output_head(model)
+    if embedding is None:
+        return
     tied = is_tied_head(model, head)
     kept = {}
     for name, module in model.named_modules():
         if module is embedding or module is head:
             kept["head" if module is head else "embedding"] = stored.tensors.get(f"{PREFIX}{name}.weight")
+    if tied and stored.method.stores_all:
+        kept["head"] = kept["embedding"]
     sizes = {len(weight) for weight in kept.values() if weight is not None}
     if sizes - {embedding.weight.shape[0]}:
         if len(sizes) > 1 or None in kept.values():

@@ -3,79 +3,31 @@
 from __future__ import annotations
 
 import math
-import re
-from typing import Annotated, Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from qlora_kit.section import Positive, Section, Share, Text, TextOrTexts
-
-
-class AdapterSettings(Section):
-    """What all methods have."""
-
-    method: str
-    """How the base is adapted; docs/methods.md compares the methods."""
-    modules_to_save: list[Text] = []
-    """Modules trained in full and saved with the adapter; a tied head stays tied."""
-    new_tokens: list[Text] = []
-    """Tokens added to the vocabulary; embedding and head are then trained and saved."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Storage of the adapter's weights."""
-    keep_precision: bool = True
-    """Keep the low 16 bits of a bf16 weight beside it, so that small updates are not lost (2 bytes a weight)."""
-
-    def layer_sizes(self, name: str, in_features: int, out_features: int) -> list[int]:
-        """Sizes of the tensors that the method adds to a linear layer that it adapts."""
-        return []
+from qlora_kit.adapters.base_settings import AdapterSettings
+from qlora_kit.adapters.low_rank_settings import LowRankSettings
+from qlora_kit.adapters.neighbour_settings import (
+    BitFitSettings,
+    BottleneckSettings,
+    FullSettings,
+    PromptTuningSettings,
+)
+from qlora_kit.adapters.pruned_settings import AdaLoraSettings, SoraSettings
+from qlora_kit.adapters.svd_settings import LoftqSettings, PissaSettings
+from qlora_kit.section import Section, Text
 
 
-class LowRankSettings(AdapterSettings):
-    """What LoRA and its kin have."""
+class GrowthStage(Section):
+    """A rank that LoRA takes in the middle of training."""
 
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Columns of B and rows of A."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The delta is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)."""
-    use_rslora: bool = False
-    """Rank-stabilized scaling (Kalajdzievski 2023)."""
-    rank_pattern: dict[str, Positive] = {}
-    """Ranks of single layers, by name ending or regular expression: {q_proj: 32}."""
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Alphas of single layers, by name ending or regular expression."""
-    dropout: Share = 0.0
-    """Dropout on the input of A."""
-    lr_ratio: Annotated[float, Field(gt=0)] = 1.0
-    """B learns this many times faster than A: LoRA+ (Hayou et al. 2024), which advises 16."""
-    bias: Literal["none", "lora_only", "all"] = "none"
-    """Which biases of the base are trained as well."""
-    target_modules: TextOrTexts = "all-linear"
-    """`all-linear` (all but the head), a regular expression that matches whole names, or a list of name endings."""
-
-    @property
-    def scaling(self) -> float:
-        """What the product B A is multiplied with."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-    def for_layer(self, name: str) -> LowRankSettings:
-        """The settings of one layer: its own rank and alpha, where a pattern names it."""
-        rank, alpha = _match(self.rank_pattern, name), _match(self.alpha_pattern, name)
-        changes: dict[str, Any] = {"rank": rank or self.rank, "alpha": alpha or self.alpha}
-        return self.model_copy(update=changes)
-
-    def layer_sizes(self, name: str, in_features: int, out_features: int) -> list[int]:
-        rank = self.for_layer(name).rank
-        return [rank * in_features, rank * out_features]
-
-    @field_validator("rank_pattern", "alpha_pattern")
-    @classmethod
-    def _patterns_compile(cls, pattern: dict[str, Any]) -> dict[str, Any]:
-        for key in pattern:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ValueError(f"{key!r} is not a regular expression: {error}") from None
-        return pattern
+    at: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the steps after which it grows."""
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    """What it grows to."""
 
 
 class LoraSettings(LowRankSettings):
@@ -83,6 +35,46 @@ class LoraSettings(LowRankSettings):
 
     method: Literal["lora"] = "lora"
     """Low-rank adaptation (Hu et al. 2021): W + s B A."""
+    growth: list[GrowthStage] = []
+    """Larger ranks later in training: [{at: 0.5, rank: 16}], after that share of the steps. The scaling stays what
+    `alpha` and `rank` say, and what was learned stays with its optimizer states: the function does not move."""
+    init_from: Text | None = None
+    """A run or a LoRA adapter's folder (ours or PEFT's) whose weights training starts from; `rank` may be larger."""
+    init_optimizer: bool = False
+    """Take over the optimizer's states too, from a finished run."""
+
+    def at_step(self, step: int, total_steps: int) -> LoraSettings:
+        """The settings with the rank that `growth` gives after `step`, and the alpha that keeps the scaling."""
+        ranks = [stage.rank for stage in self.growth if step >= stage.at * total_steps]
+        return self.of_rank(ranks[-1]) if ranks else self
+
+    def of_rank(self, rank: int) -> LoraSettings:
+        """The settings with another rank and the same scaling."""
+        factor = math.sqrt(rank / self.rank) if self.use_rslora else rank / self.rank
+        alphas = {name: alpha * factor for name, alpha in self.alpha_pattern.items()}
+        return self.model_copy(update={"rank": rank, "alpha": self.alpha * factor, "alpha_pattern": alphas})
+
+    def layer_sizes(self, name: str, in_features: int, out_features: int) -> list[int]:
+        last = self.growth[-1].rank if self.growth else self.for_layer(name).rank
+        return [last * in_features, last * out_features]
+
+    @field_validator("growth")
+    @classmethod
+    def _stages_rise(cls, growth: list[GrowthStage], info: ValidationInfo) -> list[GrowthStage]:
+        if growth and info.data.get("rank_pattern"):
+            raise ValueError("cannot be had with rank_pattern")
+        start = info.data.get("rank", 0)
+        ranks, times = [start, *(stage.rank for stage in growth)], [stage.at for stage in growth]
+        if any(a >= b for a, b in pairwise(ranks)) or any(a >= b for a, b in pairwise(times)):
+            raise ValueError(f"must rise in `at` and in `rank`, from rank {start} on")
+        return growth
+
+    @field_validator("init_optimizer")
+    @classmethod
+    def _has_a_source(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and not info.data.get("init_from"):
+            raise ValueError("needs init_from")
+        return value
 
 
 class DoraSettings(LowRankSettings):
@@ -90,17 +82,25 @@ class DoraSettings(LowRankSettings):
 
     method: Literal["dora"] = "dora"
     """Weight-decomposed adaptation (Liu et al. 2024): magnitude and direction of each row learn apart."""
+    fp32_tensors: ClassVar[int] = 1
+    """The magnitudes."""
 
     def layer_sizes(self, name: str, in_features: int, out_features: int) -> list[int]:
         return [*super().layer_sizes(name, in_features, out_features), out_features]
 
 
-def _match(pattern: dict[str, Any], name: str) -> Any:
-    """The value of the first key that is an ending of `name`, or matches it as PEFT matches keys; None without one."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
-
-
-SETTINGS: dict[str, type[AdapterSettings]] = {"lora": LoraSettings, "dora": DoraSettings}
+SETTINGS: dict[str, type[AdapterSettings]] = {
+    "lora": LoraSettings,
+    "dora": DoraSettings,
+    "pissa": PissaSettings,
+    "loftq": LoftqSettings,
+    "adalora": AdaLoraSettings,
+    "sora": SoraSettings,
+    "bottleneck": BottleneckSettings,
+    "prompt_tuning": PromptTuningSettings,
+    "bitfit": BitFitSettings,
+    "full": FullSettings,
+}
 
 
 def _tag(value: Any) -> str:
@@ -109,7 +109,16 @@ def _tag(value: Any) -> str:
 
 
 AnyAdapterSettings = Annotated[
-    Annotated[LoraSettings, Tag("<lora>")] | Annotated[DoraSettings, Tag("<dora>")],
+    Annotated[LoraSettings, Tag("<lora>")]
+    | Annotated[DoraSettings, Tag("<dora>")]
+    | Annotated[PissaSettings, Tag("<pissa>")]
+    | Annotated[LoftqSettings, Tag("<loftq>")]
+    | Annotated[AdaLoraSettings, Tag("<adalora>")]
+    | Annotated[SoraSettings, Tag("<sora>")]
+    | Annotated[BottleneckSettings, Tag("<bottleneck>")]
+    | Annotated[PromptTuningSettings, Tag("<prompt_tuning>")]
+    | Annotated[BitFitSettings, Tag("<bitfit>")]
+    | Annotated[FullSettings, Tag("<full>")],
     Discriminator(_tag),
 ]
 """The settings of the method that `method` names; LoRA's where it names none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from qlora_kit.data.chat_spans import find_spans
 from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion, RowError, split_key
 from qlora_kit.data.masking import Encoded, encode_whole, plain_special
 from qlora_kit.data.reading import SourceEncoder, eval_source
+from qlora_kit.data.report import DataReport
 from qlora_kit.data.schemas import RowParser
 from qlora_kit.data.sources import read_rows
 from qlora_kit.data.template import end_of_turn, render_chat
@@ -48,21 +49,32 @@ class EvalRow:
         return list(chat.messages[: chat.last_assistant()])
 
 
-def eval_rows(section: DataSection, tokenizer: Any, seed: int, max_rows: int | None = None) -> list[EvalRow]:
+def eval_rows(
+    section: DataSection, tokenizer: Any, seed: int, max_rows: int | None = None, report: DataReport | None = None
+) -> list[EvalRow]:
     """The held-out rows of `prepare`, in the order of their source; of more than `max_rows`, a seeded sample.
+
+    Args:
+        report: gets the counts of the sources that are read.
 
     Raises:
         DataError: a row cannot be used, the rows are plain text (which asks nothing), or there are none.
     """
-    held_out = list(_held_out(section, tokenizer, seed))
+    held_out = list(_held_out(section, tokenizer, seed, report or DataReport([])))
     if not held_out:
         raise DataError("no held-out row", fix="Check data.eval, or raise data.eval_fraction")
-    if max_rows is not None and len(held_out) > max_rows:
-        # By a hash of the place: a file sorted by label gives a fair sample, and a longer sample holds a shorter.
-        order = sorted(range(len(held_out)), key=lambda k: _sample_key(held_out[k][0], seed))
-        held_out = [held_out[k] for k in sorted(order[:max_rows])]
+    held_out = [held_out[k] for k in sample_of([row for row, _ in held_out], max_rows, seed)]
     paths = [source.path for source in section.sources()] + [section.eval or ""]
     return [_eval_row(row, example, f"{paths[row.source]} row {row.row}", tokenizer) for row, example in held_out]
+
+
+def sample_of(rows: Sequence[Encoded], max_rows: int | None, seed: int) -> list[int]:
+    """Positions of a seeded sample of at most `max_rows`, in order; all of them for None.
+
+    By a hash of the place: a file sorted by label gives a fair sample, and a longer sample holds a shorter.
+    """
+    order = sorted(range(len(rows)), key=lambda k: _sample_key(rows[k], seed))
+    return sorted(order[:max_rows])
 
 
 def encode_choice(row: EvalRow, choice: str, tokenizer: Any) -> Encoded:
@@ -115,18 +127,24 @@ def _answer(example: Example) -> str:
     return content
 
 
-def _held_out(section: DataSection, tokenizer: Any, seed: int) -> Iterator[tuple[Encoded, Example]]:
+def _held_out(
+    section: DataSection, tokenizer: Any, seed: int, report: DataReport
+) -> Iterator[tuple[Encoded, Example]]:
     source = eval_source(section)
     plain = section.model_copy(update={"streaming": False})
     if source is not None:
-        yield from SourceEncoder(len(section.sources()), source, plain, tokenizer).rows()
+        encoder = SourceEncoder(len(section.sources()), source, plain, tokenizer)
+        report.eval = encoder.report
+        yield from encoder.rows()
         return
     # As in `held_out_mask`, with only the rows below the threshold (or the lowest prompt's) kept in memory.
     below: list[tuple[Encoded, Example]] = []
     lowest: list[tuple[Encoded, Example]] = []
     low, total, threshold = 2**64, 0, int(section.eval_fraction * 2**64)
     for k, train_source in enumerate(section.sources()):
-        for row, example in SourceEncoder(k, train_source, plain, tokenizer).rows():
+        encoder = SourceEncoder(k, train_source, plain, tokenizer)
+        report.train.append(encoder.report)
+        for row, example in encoder.rows():
             key, total = split_key(example, seed), total + 1
             if key < threshold:
                 below.append((row, example))

@@ -100,6 +100,11 @@ class DataReport:
         sources = [*self.train, *([self.eval] if self.eval else [])]
         return {source.path: source.fingerprint for source in sources}
 
+    def left_out(self) -> dict[str, dict[str, int]]:
+        """Path to reason to rows that could not be evaluated: of the eval file, or of what rows were held out of."""
+        sources = [self.eval] if self.eval else self.train
+        return {source.path: dict(source.skipped) for source in sources if source.skipped}
+
     def warnings(self) -> list[str]:
         """Sentences for the user: rows left out, cut or shared, each with its count."""
         lines = []

@@ -84,27 +84,8 @@ def bootstrap_ratio(
     )
 
 
-def bootstrap_perplexity(
-    loss: ArrayLike, loss_tokens: ArrayLike, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> Interval:
-    """Percentile interval of exp(summed loss / loss tokens).
-
-    Percentile intervals respect monotone transformations, so this is `bootstrap_ratio` with its three numbers
-    exponentiated.
-
-    Args:
-        loss: [rows], summed loss of each row in nats.
-        loss_tokens: [rows], tokens that carried loss.
-        resamples, confidence, seed: as in `bootstrap_mean`.
-
-    Raises:
-        EvalError: as `bootstrap_ratio`; also a loss too large for exp.
-    """
-    return exponentiate(bootstrap_ratio(loss, loss_tokens, resamples=resamples, confidence=confidence, seed=seed))
-
-
 def exponentiate(loss: Interval) -> Interval:
-    """A loss in nats a token as perplexity.
+    """A loss in nats a token as perplexity: percentile intervals respect monotone transformations.
 
     Raises:
         EvalError: a loss too large for exp (over 709 nats a token).

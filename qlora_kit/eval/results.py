@@ -28,7 +28,7 @@ class EvalResults:
     forms: dict[str, FormResult]
     pairs: list[PairResult] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
-    """How the numbers came about: answer check, choices, resamples, confidence."""
+    """How the numbers came about: answer check, choices, dtype, confidence, rows left out (path, reason, count)."""
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     format: str = FORMAT
 

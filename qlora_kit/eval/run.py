@@ -12,9 +12,10 @@ from qlora_runtime import Bundle, BundleError
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.data.dataset import prepare
-from qlora_kit.data.eval_rows import EvalRow, completions_in, encode_choice, eval_rows
+from qlora_kit.data.dataset import prepare, prepare_eval
+from qlora_kit.data.eval_rows import EvalRow, completions_in, encode_choice, eval_rows, sample_of
 from qlora_kit.data.masking import Encoded
+from qlora_kit.data.report import DataReport
 from qlora_kit.errors import EvalError
 from qlora_kit.eval.forms import FormResult, PairResult, PerRow, compare_forms, score_form
 from qlora_kit.eval.metrics import compute_metric
@@ -48,7 +49,11 @@ def evaluate_run(
         if name not in forms:
             raise EvalError("no such form", got=name, allowed=", ".join(forms), fix="Export first for bundles")
     max_rows = max_rows or recipe.eval.max_rows
-    questions = held_out_rows(recipe, tokenizer, max_rows)
+    report = DataReport([])
+    questions = held_out_rows(recipe, tokenizer, max_rows, report)
+    for path, reasons in report.left_out().items():
+        for reason, count in reasons.items():
+            console.print(f"{path}: {count} rows left out ({reason})", markup=False, highlight=False)
     choices = _choices(recipe)
     results: dict[str, FormResult] = {}
     for name in only or forms:
@@ -61,6 +66,7 @@ def evaluate_run(
             continue
         results[name] = score_form(per_row, time.perf_counter() - started, seed=recipe.run.seed)
     metrics = {"answer": recipe.eval.answer, "choices": choices, "dtype": recipe.eval.dtype, "confidence": 0.95}
+    metrics["left_out"] = report.left_out()
     found = EvalResults(len(questions), results, _pairs(results), metrics)
     write_results(run.path, found)
     plot_results(found, run.path / "eval" / "results.png")
@@ -97,11 +103,23 @@ def find_forms(run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     return forms
 
 
-def held_out_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_rows: int | None) -> Questions:
-    """EvalRows where rows ask something; encoded rows of plain text otherwise."""
-    if recipe.eval.answer == "none":
-        return list(prepare(recipe.data, tokenizer, recipe.run.seed).eval)[:max_rows]
-    return eval_rows(recipe.data, tokenizer, recipe.run.seed, max_rows)
+def held_out_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_rows: int | None, report: DataReport | None = None
+) -> Questions:
+    """EvalRows where rows ask something; encoded rows of plain text otherwise. Of more than `max_rows`, a sample.
+
+    Args:
+        report: gets the counts of the sources that are read.
+    """
+    report, seed = report or DataReport([]), recipe.run.seed
+    if recipe.eval.answer != "none":
+        return eval_rows(recipe.data, tokenizer, seed, max_rows, report)
+    if recipe.data.eval is not None:
+        rows = prepare_eval(recipe.data, tokenizer, report)
+    else:
+        data = prepare(recipe.data, tokenizer, seed)
+        rows, report.train = data.eval, data.report.train
+    return [rows[k] for k in sample_of(list(rows), max_rows, seed)]
 
 
 def score_rows(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,7 @@ def make_bundle(
     """Builds and verifies a bundle of the merged model; it appears at `target` only if it passed.
 
     Args:
-        rows: the reference's answers to held-out rows.
+        rows: the reference's answers to the rows of the proof.
         base, adapter: what the model was made from, for the manifest.
 
     Raises:
@@ -89,8 +87,8 @@ def _prove(
     }
     write_manifest(bundle, verification=None, **about)
     distances, reasons = measure(Bundle.open(bundle), rows, profile)
-    numbers = {name: value if math.isfinite(value) else None for name, value in asdict(distances).items()}
-    write_manifest(bundle, verification=Verification(not reasons, tolerance_of(profile), numbers), **about)
+    found = Verification(not reasons, tolerance_of(profile), distances.to_json())
+    write_manifest(bundle, verification=found, **about)
     return distances, reasons
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.adapters.layer import AdaptedLinear
+from qlora_kit.adapters.inject import input_embedding, is_tied_head, output_head, untie_head
+from qlora_kit.adapters.layer import AdaptedLayer, AdaptedLinear
 from qlora_kit.errors import ExportError
 from qlora_kit.model.quantized import QuantizedLinear
 
@@ -32,8 +33,8 @@ class LayerDelta:
 
 
 @torch.no_grad()
-def merge_adapter(model: PreTrainedModel) -> list[LayerDelta]:
-    """Turns a tuned model into a plain one with fp32 linear layers, in place, layer by layer.
+def merge_adapter(model: nn.Module) -> list[LayerDelta]:
+    """Turns a tuned model into a plain one in fp32, in place, layer by layer.
 
     The adapter was trained against the dequantized base, so that is what it is merged onto.
 
@@ -41,22 +42,37 @@ def merge_adapter(model: PreTrainedModel) -> list[LayerDelta]:
         ExportError: a merged weight is not finite; the layer is named.
     """
     report, transposed = [], conv1d_layers(model)
+    if isinstance(input_embedding(model), AdaptedLayer) and is_tied_head(model, output_head(model)):
+        untie_head(model)  # the delta is the embedding's alone
     for name, module in list(model.named_modules()):
-        if isinstance(module, AdaptedLinear):
-            weight, delta = module.merged()
-            if not torch.isfinite(weight).all():
-                raise ExportError(f"{name}: the merged weight holds NaN or Inf", fix="Export an earlier checkpoint")
-            report.append(LayerDelta(name, delta.norm().item(), (weight - delta).norm().item()))
-            _replace(model, name, plain_linear(module.base_layer, weight, name in transposed))
+        if isinstance(module, AdaptedLayer):
+            merged = module.merged_weights()
+            report += [_checked(f"{name}.{key}" if len(merged) > 1 else name, *merged[key]) for key in merged]
+            if isinstance(module, AdaptedLinear):
+                _replace(model, name, plain_linear(module.base_layer, merged["weight"][0], name in transposed))
+                continue
+            for key, (weight, _) in merged.items():
+                setattr(module.base_layer, key, nn.Parameter(weight, requires_grad=False))
+            _replace(model, name, module.base_layer)
         elif isinstance(module, QuantizedLinear) and not name.endswith(".base_layer"):
             _replace(model, name, plain_linear(module, module.dequantize(torch.float32), name in transposed))
     model.float()
-    model.config.dtype = torch.float32
+    if isinstance(model, PreTrainedModel):
+        model.config.dtype = torch.float32
     return report
 
 
-def conv1d_layers(model: PreTrainedModel) -> set[str]:
+def _checked(name: str, weight: Tensor, delta: Tensor) -> LayerDelta:
+    if not torch.isfinite(weight).all():
+        raise ExportError(f"{name}: the merged weight holds NaN or Inf", fix="Export an earlier checkpoint")
+    return LayerDelta(name, delta.norm().item(), (weight - delta).norm().item())
+
+
+def conv1d_layers(model: nn.Module) -> set[str]:
     """Names of the layers that the model's own class makes as Conv1D: once quantized, a layer does not tell."""
+    if not isinstance(model, PreTrainedModel):  # such a one is not quantized
+        found = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+        return {name.removesuffix(".base_layer") for name in found}
     with torch.device("meta"):
         fresh = type(model)(model.config)
     return {name for name, module in fresh.named_modules() if isinstance(module, Conv1D)}

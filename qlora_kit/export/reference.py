@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +16,13 @@ GREEDY_TOKENS = 32
 
 FloatArray = npt.NDArray[np.float32]
 
+Origin = Literal["held_out", "training", "calibration"]
+"""Where a row comes from; `calibration`: of training, and int8's ranges were measured on it too."""
+
 
 @dataclass(frozen=True)
 class ReferenceRow:
-    """The reference's answers to one held-out row.
+    """The reference's answers to one row.
 
     Attributes:
         input_ids: the whole row, [seq].
@@ -34,6 +38,7 @@ class ReferenceRow:
     logits: FloatArray
     greedy_ids: list[int]
     margins: list[float]
+    origin: Origin = "held_out"
 
     def shipped(self) -> ReferencePrompt:
         """The prompt's part of it, as reference.json holds it."""
@@ -50,13 +55,15 @@ class ReferenceRow:
 
 
 @torch.no_grad()
-def answer(model: PreTrainedModel, input_ids: list[int], labels: list[int], prompt_tokens: int) -> ReferenceRow:
+def answer(
+    model: PreTrainedModel, input_ids: list[int], labels: list[int], prompt_tokens: int, origin: Origin = "held_out"
+) -> ReferenceRow:
     """Runs the reference model on one row: all logits, then a greedy answer to its prompt."""
     ids = torch.tensor([input_ids], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()  # [seq, vocab]
     greedy_ids, margins = _greedy(model, ids[:, :prompt_tokens])
     positions = [place for place, label in enumerate(labels[1:]) if label != -100]
-    return ReferenceRow(input_ids, prompt_tokens, positions, logits, greedy_ids, margins)
+    return ReferenceRow(input_ids, prompt_tokens, positions, logits, greedy_ids, margins, origin)
 
 
 def _greedy(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[list[int], list[float]]:

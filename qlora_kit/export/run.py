@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,16 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.adapters.methods import method_for
-from qlora_kit.data.dataset import PreparedData, prepare
-from qlora_kit.data.masking import IGNORED, Encoded
+from qlora_kit.data.dataset import prepare
 from qlora_kit.data.template import stop_token_ids
 from qlora_kit.errors import ExportError, RunError
 from qlora_kit.export.bundle import make_bundle
 from qlora_kit.export.merge import LayerDelta, merge_adapter, save_merged
-from qlora_kit.export.reference import ReferenceRow, answer
+from qlora_kit.export.reference import ReferenceRow
+from qlora_kit.export.rows import calibration_rows, proof_rows, reference_rows
 from qlora_kit.export.smoothing import smooth
 from qlora_kit.export.verify import PROFILES, Distances
 from qlora_kit.model.load import to_reference
-from qlora_kit.model.quantized import expanded
 from qlora_kit.model.source import sha256_file
 from qlora_kit.recipe import Recipe
 from qlora_kit.train.records import tool_versions
@@ -29,14 +27,14 @@ from qlora_kit.train.restore import load_run_tokenizer, load_tuned
 from qlora_kit.train.run_folder import RunFolder, write_json
 
 EXPORT_TOOLS = ("onnx", "onnxruntime", "onnxruntime-genai", "qlora-runtime")
-CALIBRATION_ROWS = 16
 
 
 def export_run(run: RunFolder, console: Console, profiles: list[str] | None = None) -> dict[str, Distances]:
     """Writes RUN/merged and RUN/bundles/PROFILE for each profile.
 
     Raises:
-        ExportError: an unknown profile, a weight that is not finite, an architecture without a graph.
+        ExportError: an unknown profile, too few rows to prove a bundle on, a weight that is not finite, an
+            architecture without a graph.
         VerificationError: a bundle is past its profile's tolerance (the others are still made).
     """
     recipe, tokenizer = run.recipe(), load_run_tokenizer(run)
@@ -98,17 +96,20 @@ def _merge(
     """Writes RUN/merged and RUN/merge.json.
 
     Returns: the folder that each profile is built from, and what the trained model answered before it was merged.
+
+    Raises:
+        ExportError: too few rows to prove a bundle on, or a merged weight that is not finite.
     """
     model = to_reference(load_tuned(run))
     _set_end_tokens(model, tokenizer)
     data = prepare(recipe.data, tokenizer, recipe.run.seed)
-    rows = reference_rows(model, data.eval, recipe.export.verify_prompts)
+    rows = reference_rows(model, proof_rows(data, recipe.export.verify_prompts))
     deltas = merge_adapter(model)
     save_merged(model, tokenizer, run.merged)
     write_json(run.path / "merge.json", _merge_report(deltas))
     console.print(f"merged {len(deltas)} layers in fp32 into {run.merged}", highlight=False)
     folders = dict.fromkeys(names, run.merged)
-    if "int8" in names and (layers := smooth(model, _calibration_rows(data))):
+    if "int8" in names and (layers := smooth(model, calibration_rows(data))):
         console.print(f"int8: ranges of {layers} layers moved from activations into weights", highlight=False)
         save_merged(model, tokenizer, _smoothed_folder(run))
         folders["int8"] = _smoothed_folder(run)
@@ -118,27 +119,6 @@ def _merge(
 def _smoothed_folder(run: RunFolder) -> Path:
     """The merged model in the form that rounds best to 8 bit; there only while exporting."""
     return run.path / ".partial-smoothed"
-
-
-def _calibration_rows(data: PreparedData) -> list[list[int]]:
-    """Rows to measure ranges on: of the training data, never those that prove the bundle. A stream has none."""
-    count = min(CALIBRATION_ROWS, len(data.train))
-    return [data.train[k * len(data.train) // count].input_ids.tolist() for k in range(count)]
-
-
-def reference_rows(model: PreTrainedModel, held_out: Sequence[Encoded], prompts: int) -> list[ReferenceRow]:
-    """The trained model's own answers to the held-out rows on which bundles are proven, short and long ones."""
-    count = min(prompts, len(held_out))
-    order = sorted(range(len(held_out)), key=lambda place: len(held_out[place].input_ids))
-    chosen = [held_out[order[k * (len(order) - 1) // max(1, count - 1)]] for k in range(count)]
-    with expanded(model, model.dtype):
-        return [answer(model, row.input_ids.tolist(), row.labels.tolist(), _prompt_tokens(row)) for row in chosen]
-
-
-def _prompt_tokens(row: Encoded) -> int:
-    """Tokens before the first that carries loss; of a row that is all loss, half."""
-    first = int((row.labels != IGNORED).argmax())
-    return first if first > 1 else max(1, len(row.input_ids) // 2)
 
 
 def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -155,11 +135,11 @@ def _merge_report(deltas: list[LayerDelta]) -> list[dict[str, float | str]]:
     ]
 
 
-def _summary(run: RunFolder, name: str, distances: Distances) -> str:
+def _summary(run: RunFolder, name: str, found: Distances) -> str:
     size = sum(file.stat().st_size for file in (run.bundles / name).rglob("*") if file.is_file())
     return (
-        f"{run.bundles / name}: {size / 2**20:.0f} MiB, verified on {distances.rows} rows: largest logit difference "
-        f"{distances.max_logit:.2g}, top-1 agreement {distances.top1_agreement:.2%}, perplexity ratio "
-        f"{distances.perplexity_ratio:.6f}, greedy tokens {distances.greedy_tokens_equal} of "
-        f"{distances.greedy_tokens_compared} equal"
+        f"{run.bundles / name}: {size / 2**20:.0f} MiB, verified on {found.rows_in_words()}: largest logit difference "
+        f"{found.max_logit:.2g}, top-1 agreement {found.top1_agreement:.2%}, perplexity ratio "
+        f"{found.perplexity_ratio:.6f} over {found.perplexity_tokens} tokens, {found.greedy_in_words()}"
+        + "".join(f"\n{name}, WARNING: {warning}" for warning in found.warnings)
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from qlora_runtime import Bundle, Reference, Tolerance
-from qlora_runtime.verify import compare
+from qlora_runtime.verify import NO_GREEDY_TOKEN, Report, compare
 
+from qlora_kit.export.perplexity import PerplexityRatio, TokenLosses, compare_perplexity
 from qlora_kit.export.reference import ReferenceRow
 
 
@@ -18,23 +21,34 @@ class Profile:
 
     Attributes:
         reference: tolerance that the bundle carries, so that it can be checked again on other processors.
-        max_perplexity_ratio: of bundle to reference, either way, on the held-out completions.
+        max_perplexity_ratio: of bundle to reference, either way.
+        exact: nothing is rounded, so that every difference counts, be there one token or many. Otherwise a ratio is
+            an estimate from the tokens at hand.
     """
 
     name: str
     reference: Tolerance
     max_perplexity_ratio: float
+    exact: bool
 
 
 PROFILES = {
-    "fp32": Profile("fp32", Tolerance(max_logit=1e-3, min_top1=0.995, greedy_margin=2e-3), 1.0001),
-    "int8": Profile("int8", Tolerance(max_logit=8.0, min_top1=0.90, greedy_margin=1.0), 1.005),
+    "fp32": Profile("fp32", Tolerance(1e-3, 0.995, 2e-3, every_greedy_token=True), 1.0001, exact=True),
+    "int8": Profile("int8", Tolerance(8.0, 0.90, 1.0, every_greedy_token=True), 1.005, exact=False),
 }
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Bundle against reference over all positions of all rows; logits in their own unit, KL in nats."""
+    """Bundle against reference over all positions of all rows; logits in their own unit, KL in nats.
+
+    Attributes:
+        perplexity_ratio_low, perplexity_ratio_high: its bounds, two standard errors either way.
+        perplexity_tokens, perplexity_over: how many predicted tokens, and which, the perplexities are of.
+        training_rows: how many of the rows are not held out.
+        calibration_rows: how many of those int8's ranges were measured on too.
+        warnings: what these rows do not settle.
+    """
 
     max_logit: float
     mean_logit: float
@@ -43,17 +57,44 @@ class Distances:
     perplexity: float
     reference_perplexity: float
     perplexity_ratio: float
+    perplexity_ratio_low: float
+    perplexity_ratio_high: float
+    perplexity_tokens: int
+    perplexity_over: Literal["completions", "all tokens"]
     greedy_tokens_compared: int
     greedy_tokens_equal: int
     rows: int
+    training_rows: int
+    calibration_rows: int
     positions: int
+    warnings: list[str] = field(default_factory=list)
+
+    def rows_in_words(self) -> str:
+        """How many rows, and how many of them the model was trained or the bundle calibrated on."""
+        words = f"{self.rows} rows"
+        if self.training_rows:
+            words += f" ({self.training_rows} of them from training"
+            words += f", {self.calibration_rows} of these calibrated on)" if self.calibration_rows else ")"
+        return words
+
+    def greedy_in_words(self) -> str:
+        """How many greedy tokens are equal."""
+        if not self.greedy_tokens_compared:
+            return NO_GREEDY_TOKEN
+        return f"greedy tokens {self.greedy_tokens_equal} of {self.greedy_tokens_compared} equal"
+
+    def to_json(self) -> dict[str, object]:
+        """All fields; null for numbers that are not finite."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 def measure(bundle: Bundle, rows: list[ReferenceRow], profile: Profile) -> tuple[Distances, list[str]]:
     """Distances of an open bundle, and a sentence for each that is past the profile's tolerance."""
     sums = np.zeros(4)  # |difference|, KL, equal top-1, largest difference
-    losses = np.zeros(2)  # bundle, reference
-    positions = loss_tokens = 0
+    losses, seen = [], set[int]()
     for row in rows:
         logits = bundle.logits([row.input_ids])[0]  # [seq, vocab]
         difference = np.abs(logits - row.logits)
@@ -62,26 +103,26 @@ def measure(bundle: Bundle, rows: list[ReferenceRow], profile: Profile) -> tuple
         sums[1] += (np.exp(log_p) * (log_p - log_q)).sum()
         sums[2] += (logits.argmax(1) == row.logits.argmax(1)).sum()
         sums[3] = np.maximum(sums[3], difference.max())  # which lets a NaN through, as max does not
-        targets = np.array(row.input_ids)[np.array(row.loss_positions) + 1]
-        losses -= [log_q[row.loss_positions, targets].sum(), log_p[row.loss_positions, targets].sum()]
-        positions, loss_tokens = positions + len(row.input_ids), loss_tokens + len(targets)
+        losses.append(_token_losses(row, log_p, log_q, seen))
     shipped = compare(bundle, Reference([row.shipped() for row in rows], profile.reference))
-    perplexity, reference_perplexity = np.exp(losses / max(1, loss_tokens))
-    ratio = float(perplexity / reference_perplexity)
+    # An exact bundle's completions count by themselves, however few.
+    ratio = compare_perplexity(losses, min_loss_tokens=1) if profile.exact else compare_perplexity(losses)
+    positions = sum(len(row.input_ids) for row in rows)
     distances = Distances(
         max_logit=float(sums[3]),
         mean_logit=float(sums[0] / positions),
         mean_kl=float(sums[1] / positions),
         top1_agreement=float(sums[2] / positions),
-        perplexity=float(perplexity),
-        reference_perplexity=float(reference_perplexity),
-        perplexity_ratio=ratio,
+        **_perplexities(ratio),
         greedy_tokens_compared=shipped.greedy_tokens_compared,
         greedy_tokens_equal=shipped.greedy_tokens_equal,
         rows=len(rows),
+        training_rows=sum(row.origin != "held_out" for row in rows),
+        calibration_rows=0 if profile.exact else sum(row.origin == "calibration" for row in rows),
         positions=positions,
+        warnings=_warnings(ratio, shipped, profile),
     )
-    return distances, [*shipped.reasons, *_reasons(distances, profile)]
+    return distances, [*shipped.reasons, *_reasons(distances, ratio, profile)]
 
 
 def tolerance_of(profile: Profile) -> dict[str, float]:
@@ -95,16 +136,67 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def _reasons(distances: Distances, profile: Profile) -> list[str]:
+def _token_losses(
+    row: ReferenceRow, log_p: npt.NDArray[np.float64], log_q: npt.NDArray[np.float64], seen: set[int]
+) -> TokenLosses:
+    """Losses of the row's tokens but the first; log_p (reference), log_q (bundle): [seq, vocab].
+
+    A template's opening is the same in every row. It says one thing, however often: a token whose whole context is in
+    `seen` is left out. The row's contexts are added to `seen`.
+    """
+    context, fresh = 0, []
+    for token in row.input_ids:
+        context = hash((context, token))
+        fresh.append(context not in seen)
+        seen.add(context)
+    places = np.flatnonzero(fresh[1:])
+    targets = np.array(row.input_ids)[places + 1]
+    in_completion = np.isin(places, row.loss_positions)
+    return TokenLosses(-log_q[places, targets], -log_p[places, targets], in_completion)
+
+
+def _perplexities(ratio: PerplexityRatio) -> dict[str, Any]:
+    """The ratio as Distances names it."""
+    low, high = ratio.interval
+    return {
+        "perplexity": ratio.bundle,
+        "reference_perplexity": ratio.reference,
+        "perplexity_ratio": ratio.value,
+        "perplexity_ratio_low": low,
+        "perplexity_ratio_high": high,
+        "perplexity_tokens": ratio.tokens,
+        "perplexity_over": ratio.over,
+    }
+
+
+def _reasons(distances: Distances, ratio: PerplexityRatio, profile: Profile) -> list[str]:
     limits, reasons = profile.reference, []
-    if not distances.max_logit <= limits.max_logit and profile.name == "fp32":
+    if not distances.max_logit <= limits.max_logit and profile.exact:
         reasons.append(f"a logit differs by {distances.max_logit:.3g}, allowed is {limits.max_logit}.")
     if not distances.top1_agreement >= limits.min_top1:
         reasons.append(f"top-1 agreement is {distances.top1_agreement:.4f}, required is {limits.min_top1}.")
-    ratio = max(distances.perplexity_ratio, 1 / max(distances.perplexity_ratio, 1e-30))
-    if not ratio <= profile.max_perplexity_ratio:
+    if ratio.is_past(profile.max_perplexity_ratio, profile.exact):
         reasons.append(
-            f"perplexity is {distances.perplexity_ratio:.5f} times the reference's, allowed is "
+            f"perplexity is {_in_words(ratio, profile.exact)} times the reference's, allowed is "
             f"{profile.max_perplexity_ratio} either way."
         )
     return reasons
+
+
+def _warnings(ratio: PerplexityRatio, shipped: Report, profile: Profile) -> list[str]:
+    warnings = []
+    limit = profile.max_perplexity_ratio
+    if not profile.exact and not ratio.is_past(limit, exact=False) and not ratio.is_resolved(limit):
+        warnings.append(
+            f"perplexity is {_in_words(ratio, exact=False)} times the reference's; whether that is within {limit} is "
+            f"not resolved by {ratio.tokens} tokens. More or longer rows, or a higher export.verify_prompts, would tell"
+        )
+    if not shipped.greedy_tokens_compared:
+        warnings.append(NO_GREEDY_TOKEN)
+    return warnings
+
+
+def _in_words(ratio: PerplexityRatio, exact: bool) -> str:
+    low, high = ratio.interval
+    doubt = "" if exact else f" ({low:.4f} to {high:.4f})"
+    return f"{ratio.value:.5f}{doubt}"

@@ -14,10 +14,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.quantize import plan_quantization, unquantized_names
 from qlora_kit.model.quantized import own_quantized_layers
 from qlora_kit.model.source import BaseSource
 from qlora_kit.model.weights import first_line, refuse_missing_weights
@@ -36,6 +36,7 @@ def load_base(
     device: str | torch.device = "cpu",
     skip_modules: list[str] | None = None,
     trust_remote_code: bool = False,
+    quantize_later: bool = False,
 ) -> PreTrainedModel:
     """The base model, in evaluation mode, nothing trainable.
 
@@ -44,15 +45,19 @@ def load_base(
         double_quant: quantize the 4-bit statistics too.
         compute_dtype: of everything that is not quantized, and of activations.
         skip_modules: names of linear layers to leave unquantized, beside the head.
+        quantize_later: load it whole; the adapter's method quantizes it (see `plan_quantization`).
 
     Raises:
         ModelError: the folder cannot be read as a causal language model, or weights are missing in it.
     """
     options: dict[str, Any] = {"dtype": compute_dtype, "device_map": {"": str(device)}}
-    model = _from_pretrained(source, options, (quant, double_quant), skip_modules, trust_remote_code)
+    now = "none" if quantize_later else quant
+    model = _from_pretrained(source, options, (now, double_quant), skip_modules, trust_remote_code)
     replaced = own_quantized_layers(model)
-    if quant != "none" and not replaced:
+    if now != "none" and not replaced:
         raise ModelError(f"base.model {source.reference} has no linear layer to quantize", fix="Set base.quant=none")
+    if quantize_later:
+        plan_quantization(model, quant, double_quant, skip_modules)
     model.requires_grad_(False)
     return model.eval()
 
@@ -68,7 +73,7 @@ def _from_pretrained(
     kind, double_quant = quant
     try:
         if kind != "none":
-            keep = _unquantized_names(source, skip_modules, trust_remote_code) if skip_modules else None
+            keep = unquantized_names(_empty(source, trust_remote_code), skip_modules) if skip_modules else None
             options["quantization_config"] = _bitsandbytes_config(kind, double_quant, options["dtype"], keep)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -137,10 +142,8 @@ def _bitsandbytes_config(
     )
 
 
-def _unquantized_names(source: BaseSource, skip_modules: list[str], trust_remote_code: bool) -> list[str]:
-    """Full names of what stays unquantized with all that lies in it: the head, and what `skip_modules` names."""
-    with torch.device("meta"):  # modules without weights
+def _empty(source: BaseSource, trust_remote_code: bool) -> PreTrainedModel:
+    """The model's modules, without weights."""
+    with torch.device("meta"):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    names = [name for name, _ in model.named_modules() if f".{name}".endswith(tuple(f".{n}" for n in skip_modules))]
-    return [*get_keys_to_not_convert(model), *names]
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

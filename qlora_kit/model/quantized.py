@@ -116,9 +116,10 @@ class QuantizedLinear(nn.Module):
                 blocksize=self.nested_block_size,
                 dtype=torch.float32,
             )
-        size, odd = self.out_features * self.in_features, self.in_features % 2
-        # Rows of odd length share bytes: asked for as one row, or bitsandbytes would compile a path for each shape.
-        shape = (size + size % 2,) if odd else (self.out_features, self.in_features)
+        size, uneven = self.out_features * self.in_features, self.in_features % self.block_size
+        # Rows that share blocks are asked for as one row: bitsandbytes' fast CPU path begins a block with each row,
+        # which is wrong (0.50.2), and it would compile a path for each shape whose rows share bytes.
+        shape = (size + size % 2,) if uneven else (self.out_features, self.in_features)
         state = functional.QuantState(
             absmax=self.absmax,
             shape=torch.Size(shape),
@@ -130,7 +131,7 @@ class QuantizedLinear(nn.Module):
             state2=nested,
         )
         weight = functional.dequantize_4bit(self.codes, state)
-        return weight.reshape(-1)[:size].view(self.out_features, self.in_features) if odd else weight
+        return weight.reshape(-1)[:size].view(self.out_features, self.in_features) if uneven else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""

@@ -10,13 +10,16 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qlora_kit.adapters.settings import AdapterSettings, LoraSettings
 from qlora_kit.errors import AdapterError
-from qlora_kit.plan.shapes import ModelShapes, model_shapes
+from qlora_kit.plan.shapes import Linear, ModelShapes, model_shapes
 from qlora_kit.plan.trained import find_targets, parameters_saved, trained_biases
 from qlora_kit.recipe import BaseSection, Recipe, TrainSection
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 Device = Literal["cuda", "cpu"]
+Tensor = tuple[int, str]
+"""Size and dtype of a trained tensor."""
 
 # bitsandbytes 0.50: blocks of 64 weights; with double quantization blocks of 256 statistics.
 _BLOCK, _NESTED_BLOCK = 64, 256
@@ -84,13 +87,14 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Pla
 
     Raises:
         ModelError: the architecture is unknown or the config incomplete.
-        AdapterError: target_modules or modules_to_save match nothing, or both match one layer.
+        AdapterError: target_modules, modules_to_save or a layer's own rank or alpha match nothing, or both of the
+            former one layer.
     """
     shapes = model_shapes(config)
     parameters = shapes.parameters()
     adapter = recipe.adapter
-    wanted: str | list[str] = getattr(adapter, "target_modules", [])
-    targets = find_targets(shapes, wanted)
+    wanted = adapter.wanted_layers
+    targets = find_targets(shapes, wanted, embeddings=isinstance(adapter, LoraSettings))
     saved = parameters_saved(parameters, shapes, adapter)
     if wanted == "all-linear":  # as training does: what is trained in full gets no adapter
         targets = [linear for linear in targets if f"{linear.name}.weight" not in saved]
@@ -99,7 +103,9 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Pla
         raise AdapterError(
             "a layer is both a target and a module to save", got=both[0], fix="Remove it from one of them"
         )
-    added = [size for t in targets for size in adapter.layer_sizes(t.name, t.in_features, t.out_features)]
+    adapter.check_layers([linear.name for linear in targets])
+    added = adapter_tensors(targets, shapes.hidden, adapter)
+    weights = sum(size for size, _ in added)
     in_full = saved | trained_biases(parameters, targets, getattr(adapter, "bias", "none"))
     new_rows = len(adapter.new_tokens) * shapes.hidden
     in_full = {name: size + (new_rows if _is_vocabulary(name, shapes) else 0) for name, size in in_full.items()}
@@ -108,12 +114,13 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Pla
         architecture=config["model_type"],
         device=device,
         base_parameters=sum(parameters.values()),
-        adapter_parameters=sum(added),
-        trainable_parameters=sum(added) + sum(in_full.values()),
+        adapter_parameters=weights,
+        trainable_parameters=weights + sum(in_full.values()),
         targets=[linear.name for linear in targets],
         components=[
             *_base(shapes, parameters, recipe.base, in_full, saved),
             *_training(added, list(in_full.values()), recipe, device),
+            *_kept_by_method(targets, adapter),
             *_activations(shapes, recipe),
         ],
     )
@@ -136,6 +143,16 @@ def stored_bytes(weights: int, rows: int, base: BaseSection) -> int:
     if base.double_quant:
         statistics = blocks + 4 * _ceil(blocks, _NESTED_BLOCK) + _CODE_8BIT + _OFFSET
     return _ceil(weights, 2) + statistics + _CODE_4BIT
+
+
+def adapter_tensors(targets: list[Linear], hidden: int, adapter: AdapterSettings) -> list[Tensor]:
+    """What the method adds to the layers that it adapts and to a model of width `hidden`."""
+    tensors: list[Tensor] = []
+    for target in targets:
+        sizes = adapter.layer_sizes(target.name, target.in_features, target.out_features)
+        in_dtype = len(sizes) - adapter.fp32_tensors
+        tensors += [(size, adapter.dtype if place < in_dtype else "fp32") for place, size in enumerate(sizes)]
+    return tensors + [(size, adapter.dtype) for size in adapter.model_sizes(hidden)]
 
 
 def optimizer_bytes(weights: int, kind: str, device: Device) -> int:
@@ -170,16 +187,26 @@ def _base(
     yield Component("norms and biases", plain(shapes.norms) + biases, True, base.compute_dtype)
 
 
-def _training(added: list[int], in_full: list[int], recipe: Recipe, device: Device) -> Iterable[Component]:
+def _training(added: list[Tensor], in_full: list[int], recipe: Recipe, device: Device) -> Iterable[Component]:
     adapter, train = recipe.adapter, recipe.train
     full_dtype = "fp32" if recipe.base.compute_dtype == "fp16" else recipe.base.compute_dtype
-    tensors = [(size, adapter.dtype) for size in added] + [(size, full_dtype) for size in in_full]
-    yield Component("adapter", sum(added) * BYTES[adapter.dtype], True, f"{adapter.method}, {adapter.dtype}")
+    tensors = added + [(size, full_dtype) for size in in_full]
+    stored = sum(size * BYTES[dtype] for size, dtype in added)
+    yield Component("adapter", stored, True, f"{adapter.method}, {adapter.dtype}")
     low = sum(2 * size for size, dtype in tensors if dtype == "bf16") if adapter.keep_precision else 0
     yield Component("low bits of bf16 weights", low, True, "keep_precision: exact fp32 together with the weight")
-    yield Component("gradients", sum(size * BYTES[dtype] for size, dtype in tensors), True, "in the weight's dtype")
+    adds_up = train.grad_accum_steps > 1  # train/adapted_model.py: add_gradients_in_fp32
+    gradients = sum(size * (4 if adds_up else BYTES[dtype]) for size, dtype in tensors)
+    note = "fp32: micro batches add up; one process" if adds_up else "in the weight's dtype"
+    yield Component("gradients", gradients, True, note)
     states = sum(optimizer_bytes(size, train.optimizer, device) for size, _ in tensors)
     yield Component("optimizer states", states, True, _optimizer_note(train, device))
+
+
+def _kept_by_method(targets: list[Linear], adapter: AdapterSettings) -> Iterable[Component]:
+    sizes = [size for t in targets for size in adapter.kept_sizes(t.name, t.in_features, t.out_features)]
+    if sizes:
+        yield Component("kept from step to step", 4 * sum(sizes), True, f"{adapter.method}, fp32")
 
 
 def _optimizer_note(train: TrainSection, device: Device) -> str:

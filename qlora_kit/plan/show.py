@@ -8,8 +8,15 @@ from rich.table import Table
 from qlora_kit.plan.memory import Plan
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """Prints every component in bytes that people read, exact ones first, and both sums."""
+def print_plan(plan: Plan, console: Console, found_here: bool = False) -> None:
+    """Prints every component in bytes that people read, exact ones first, and both sums.
+
+    Args:
+        found_here: whether the device was not asked for but is what this machine has: the first line says so.
+    """
+    if found_here:
+        here, other = ("its GPU", "cpu") if plan.device == "cuda" else ("a CPU, as it has no GPU", "cuda")
+        console.print(f"For this machine: {here}; --device {other} plans for the other.", highlight=False)
     counts = f"{_count(plan.base_parameters)} base weights, {_count(plan.trainable_parameters)} trained"
     table = Table(title=f"{plan.model}: {counts}, on {plan.device}", title_justify="left")
     table.add_column("memory")

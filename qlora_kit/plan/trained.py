@@ -9,15 +9,18 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.plan.shapes import Linear, ModelShapes
 
 
-def find_targets(shapes: ModelShapes, wanted: str | list[str]) -> list[Linear]:
-    """The linear layers `adapter.target_modules` means: all-linear, a regular expression, or name endings.
+def find_targets(shapes: ModelShapes, wanted: str | list[str], embeddings: bool = False) -> list[Linear]:
+    """The layers that `adapter.target_modules` means: all-linear, a regular expression, or name endings.
+
+    Args:
+        embeddings: whether the method adapts embeddings too, of which each counts as a linear layer [vocab, hidden].
 
     Raises:
         AdapterError: nothing matches, a listed name matches nothing, or the expression is not valid.
     """
     if wanted == "all-linear":
         return shapes.linears
-    linears = [*shapes.linears, shapes.head]
+    linears = [*(_as_linear(shapes) if embeddings else []), *shapes.linears, shapes.head]
     endings = ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in linears}))
     if isinstance(wanted, str):
         try:
@@ -36,9 +39,13 @@ def find_targets(shapes: ModelShapes, wanted: str | list[str]) -> list[Linear]:
 def parameters_saved(parameters: dict[str, int], shapes: ModelShapes, adapter: AdapterSettings) -> dict[str, int]:
     """Parameters below `modules_to_save` and, with `new_tokens`, of the vocabulary; a tied weight once.
 
+    All of them where the method trains all.
+
     Raises:
         AdapterError: a name matches no module.
     """
+    if adapter.trains_all:
+        return dict(parameters)
     wanted = list(adapter.modules_to_save)
     embedding = next(iter(shapes.embeddings)).removesuffix(".weight")
     if adapter.new_tokens:
@@ -63,6 +70,11 @@ def trained_biases(parameters: dict[str, int], targets: list[Linear], kind: str)
         return {name: size for name, size in parameters.items() if name.endswith("bias")}
     of_targets = {f"{linear.name}.bias" for linear in targets} if kind == "lora_only" else set()
     return {name: size for name, size in parameters.items() if name in of_targets}
+
+
+def _as_linear(shapes: ModelShapes) -> list[Linear]:
+    sizes = shapes.embeddings.items()
+    return [Linear(name.removesuffix(".weight"), size // shapes.hidden, shapes.hidden) for name, size in sizes]
 
 
 def _ends_with(name: str, ending: str) -> bool:

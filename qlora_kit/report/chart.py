@@ -41,6 +41,7 @@ class Chart:
     from_zero: bool = False
     marks: Sequence[float] = ()
     tick: Callable[[float], str] = "{:g}".format
+    x_label: str = "optimizer step"
 
     def svg(self) -> Markup:
         """The chart, or an empty string where no series has a finite point."""
@@ -55,8 +56,10 @@ class Chart:
             Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, self.title),
             *_grid(scale, [x for x in x_ticks if min(xs) <= x <= max(xs)], y_ticks, self.tick),
             *(_vertical(scale, step) for step in self.marks if min(xs) <= step <= max(xs)),
-            *(_line(series, scale) for series in self.series),
-            *_labels(self.y_label, [series for series in self.series if not series.faint and series.points]),
+            *(_line(series, scale, self.x_label.split()[-1]) for series in self.series),
+            *_labels(
+                self.x_label, self.y_label, [series for series in self.series if not series.faint and series.points]
+            ),
             Markup("</svg>"),
         ]
         return Markup("\n").join(parts)
@@ -138,11 +141,11 @@ def _grid(scale: _Scale, xs: list[float], ys: list[float], tick: Callable[[float
     return [*lines, Markup('<path class="axis" d="M{} {}H{}"/>').format(_LEFT, bottom, right)]
 
 
-def _labels(y_label: str, named: list[Series]) -> list[Markup]:
+def _labels(x_label: str, y_label: str, named: list[Series]) -> list[Markup]:
     middle = (HEIGHT - _BOTTOM + _TOP) / 2
     parts = [
-        Markup('<text class="label" x="{}" y="{}" text-anchor="middle">optimizer step</text>').format(
-            (WIDTH + _LEFT - _RIGHT) / 2, HEIGHT - 8
+        Markup('<text class="label" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            (WIDTH + _LEFT - _RIGHT) / 2, HEIGHT - 8, x_label
         ),
         Markup('<text class="label" transform="translate(16 {}) rotate(-90)" text-anchor="middle">{}</text>').format(
             middle, y_label
@@ -164,7 +167,7 @@ def _vertical(scale: _Scale, step: float) -> Markup:
     return line.format(scale.x(step), _TOP, HEIGHT - _BOTTOM, f"{step:g}")
 
 
-def _line(series: Series, scale: _Scale) -> Markup:
+def _line(series: Series, scale: _Scale, unit: str) -> Markup:
     path, pen = [], "M"
     for x, y in thin_out(series.points):
         if not math.isfinite(y):
@@ -178,7 +181,7 @@ def _line(series: Series, scale: _Scale) -> Markup:
     if series.dots or len(finite) == 1:  # a path of one point draws nothing
         dot = Markup('<circle class="dot {}" cx="{}" cy="{}" r="4"><title>{}</title></circle>')
         parts += [
-            dot.format(series.style, scale.x(x), scale.y(y), escape(f"{series.label}, step {x:g}: {y:.4g}"))
+            dot.format(series.style, scale.x(x), scale.y(y), escape(f"{series.label}, {unit} {x:g}: {y:.4g}"))
             for x, y in finite
         ]
     return Markup("").join(parts)

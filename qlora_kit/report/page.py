@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from qlora_kit.atomic import write_atomically
 from qlora_kit.report.chart import Chart, Point, Series, smooth
@@ -32,12 +32,8 @@ def write_report(run_dir: Path) -> Path:
 
 def render_report(records: RunRecords) -> str:
     """The page's HTML; all text of the run is escaped."""
-    environment = Environment(
-        loader=PackageLoader("qlora_kit.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["readable"] = readable
     manifest = records.manifest
-    return environment.get_template("report.html").render(
+    return page_template("report.html").render(
         records=records,
         name=manifest.get("name") or records.name,
         status=str(manifest.get("status") or "unknown"),
@@ -50,6 +46,15 @@ def render_report(records: RunRecords) -> str:
         forms=_forms(records.results),
         pairs=_pairs(records.results),
     )
+
+
+def page_template(name: str) -> Template:
+    """A page of this folder; it escapes all text."""
+    environment = Environment(
+        loader=PackageLoader("qlora_kit.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["readable"] = readable
+    return environment.get_template(name)
 
 
 def readable(value: object, key: str = "") -> str:

@@ -19,7 +19,7 @@ class RunRecords:
     """Everything the report shows. Lists are in the order of steps; what is missing is empty.
 
     Attributes:
-        train, evals, events: lines of metrics.jsonl by kind; of a step logged twice (killed, then resumed) the later.
+        train, evals: lines of metrics.jsonl by kind; of a step logged twice (killed, then resumed) the later.
         results: eval/results.json.
         problems: what could not be read, in words.
     """
@@ -29,7 +29,6 @@ class RunRecords:
     manifest: Record = field(default_factory=dict)
     train: list[Record] = field(default_factory=list)
     evals: list[Record] = field(default_factory=list)
-    events: list[Record] = field(default_factory=list)
     samples: list[Record] = field(default_factory=list)
     results: Record = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -73,8 +72,6 @@ def _read_metrics(path: Path, records: RunRecords) -> None:
         record = _record(line)
         if record is None:
             damaged += 1
-        elif record["kind"] == "event":
-            records.events.append(record)
         elif record["kind"] in by_kind:
             by_kind[record["kind"]][record["step"]] = record
     if damaged:

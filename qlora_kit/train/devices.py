@@ -19,7 +19,7 @@ def make_accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
     """Devices, processes and trackers.
 
     Raises:
-        RunError: a tracker is not installed.
+        RunError: a tracker is not installed, or the recipe cannot be had with several processes.
     """
     for tracker in recipe.train.trackers:
         if find_spec(tracker) is None:
@@ -27,12 +27,20 @@ def make_accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
                 f"train.trackers: {tracker} is not installed",
                 fix=f'Run `pip install "qlora-kit[{tracker}]"`, or leave it out',
             )
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else processes launched together on CPUs would not find each other
         mixed_precision="no",  # the model is loaded in its compute dtype; nothing is cast on the way
         log_with=list(recipe.train.trackers) or None,
         project_dir=str(run.path / "trackers"),
     )
+    if getattr(recipe.adapter, "growth", []) and accelerator.num_processes > 1:
+        raise RunError(
+            "adapter.growth needs one process",
+            got=accelerator.num_processes,
+            allowed="1 process",
+            fix="Launch one, or leave growth out",
+        )
+    return accelerator
 
 
 def spread(model: PreTrainedModel, accelerator: Accelerator) -> Any:

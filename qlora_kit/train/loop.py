@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_kit.data.masking import Encoded
 from qlora_kit.errors import Interrupted, RunError, TrainingError
 from qlora_kit.recipe import Recipe
 from qlora_kit.train import records
 from qlora_kit.train.checkpoint import TrainState
 from qlora_kit.train.determinism import seed_for
+from qlora_kit.train.evaluation import evaluate_loss
 from qlora_kit.train.failures import not_finite, out_of_memory
-from qlora_kit.train.loss import count_loss_tokens, row_losses, token_losses
+from qlora_kit.train.growth import resize_adapter
+from qlora_kit.train.loss import count_loss_tokens
 from qlora_kit.train.optim import clip_factor, gradient_norm, lr_at
 from qlora_kit.train.progress import Progress, QuietProgress
 from qlora_kit.train.resume import begin, resume_from_checkpoint
@@ -28,6 +31,8 @@ from qlora_kit.train.saving import publish, save
 from qlora_kit.train.session import Session, start_session
 from qlora_kit.train.signals import StopSignals, stop_signals
 
+Rows = list[Encoded]
+Batch = dict[str, Tensor]
 LOWEST_LOSS_SCALE = 2.0**-10  # fp16 gradients that overflow even here are not finite for another reason
 
 
@@ -63,10 +68,11 @@ def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = Fal
             if records.is_finished(run):
                 progress.say(f"{run.path} is finished: nothing is left to do")
                 return
-        session = start_session(recipe, run)
+        session = start_session(recipe, run, resume)
         progress = progress if session.accelerator.is_main_process else QuietProgress()
         state = resume_from_checkpoint(session) if resume else begin(session)
         try:
+            session.ask_teacher()
             progress.start(session, state)
             session.start_trackers()
             with stop_signals() as signals:
@@ -104,28 +110,29 @@ def train_step(session: Session, step: int) -> StepStats:
     started = time.perf_counter()
     train, optimizer, scaler = session.recipe.train, session.optimizer, session.scaler
     parameters = list(optimizer.parameters.values())
-    micro_batches = [session.batches.next_micro_batch() for _ in range(train.grad_accum_steps)]
-    batches = [session.collate(rows) for rows in micro_batches]
+    rows = [session.batches.next_micro_batch() for _ in range(train.grad_accum_steps)]
+    batches = [session.collate(group) for group in rows]
     tokens, loss_tokens = _count_tokens(session, batches)
-    loss = _forward_backward(session, step, batches, loss_tokens)
+    loss = _forward_backward(session, step, rows, batches, loss_tokens)
 
     scale = scaler.factor
     scaler.unscale(parameters)
     norm = gradient_norm(parameters)
     overflow = not math.isfinite(norm)
     if not math.isfinite(loss) or (overflow and (scale is None or scale < LOWEST_LOSS_SCALE)):
-        raise not_finite(session, step, loss, norm, micro_batches)
+        raise not_finite(session, step, loss, norm, rows)
     lr = lr_at(step, train.lr, train.schedule, train.warmup_steps, session.total_steps)
     optimizer.set_lr(lr)
     if not overflow:
         optimizer.step(clip_factor(norm, train.max_grad_norm))
         session.method.after_step(session.plain, step, session.total_steps, lr)
+    resize_adapter(session, step)
     scaler.update(overflow)
     optimizer.zero_grad()
     return StepStats(loss, lr, norm, tokens, loss_tokens, time.perf_counter() - started, scale, overflow)
 
 
-def _count_tokens(session: Session, batches: list[dict[str, Tensor]]) -> tuple[int, int]:
+def _count_tokens(session: Session, batches: list[Batch]) -> tuple[int, int]:
     """(tokens, tokens that carry loss) of a step, over all processes."""
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     loss_tokens = sum(count_loss_tokens(batch["labels"]) for batch in batches)
@@ -134,15 +141,15 @@ def _count_tokens(session: Session, batches: list[dict[str, Tensor]]) -> tuple[i
     return tokens, loss_tokens
 
 
-def _forward_backward(session: Session, step: int, batches: list[dict[str, Tensor]], loss_tokens: int) -> float:
+def _forward_backward(session: Session, step: int, rows: list[Rows], batches: list[Batch], loss_tokens: int) -> float:
     """Adds up the step's gradients. Returns the mean loss a token, over all processes."""
     accelerator = session.accelerator
     loss_sum = torch.zeros((), device=accelerator.device)
-    for place, batch in enumerate(batches):
+    for place, (group, batch) in enumerate(zip(rows, batches)):
         torch.manual_seed(seed_for(session.recipe.run.seed, step, place, accelerator.process_index))
         last = place == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(session.model):
-            losses, _ = token_losses(session.model, batch)
+            losses = session.losses(batch, group)
             # Processes average their gradients; multiplied by their number they sum.
             loss = losses.sum() / loss_tokens * accelerator.num_processes
             if last and (penalty := session.method.penalty(session.plain)) is not None:
@@ -150,27 +157,6 @@ def _forward_backward(session: Session, step: int, batches: list[dict[str, Tenso
             session.scaler.scaled(loss).backward()
         loss_sum += losses.detach().sum()
     return accelerator.reduce(loss_sum).item() / loss_tokens
-
-
-def evaluate_loss(session: Session, batches: int | None = None) -> tuple[float, int]:
-    """(mean loss a token, loss tokens) over the held-out rows, or their first `batches` batches.
-
-    Several processes share the batches out among them.
-    """
-    accelerator, size, rows = session.accelerator, session.recipe.eval.batch_size, session.data.eval
-    starts = list(range(0, len(rows), size))[:batches]
-    total, count = 0.0, 0
-    session.plain.eval()
-    try:
-        for start in starts[accelerator.process_index :: accelerator.num_processes]:
-            batch = session.collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-            sums, tokens = row_losses(session.plain, batch)
-            total, count = total + sums.double().sum().item(), count + int(tokens.sum())
-    finally:
-        session.plain.train()
-    both = torch.tensor([total, count], dtype=torch.float64, device=accelerator.device)
-    total, all_tokens = accelerator.reduce(both).tolist()
-    return total / max(1.0, all_tokens), int(all_tokens)
 
 
 def _after_step(session: Session, state: TrainState, stats: StepStats, progress: Progress) -> None:

@@ -23,17 +23,22 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
 
     Returns: (losses [batch, kept], labels [batch, kept]); losses are 0 where labels are -100.
     """
+    logits, labels = kept_logits(model, batch)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return losses.view(labels.shape), labels
+
+
+def kept_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(logits [batch, kept, vocab], labels [batch, kept]) at positions where some row predicts a token with loss."""
     targets = batch["labels"][:, 1:]  # position p predicts token p + 1
     kept = (targets != -100).any(0).nonzero().squeeze(1)  # [kept]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    model_class: Any = type(_unwrapped(model))
+    model_class: Any = type(unwrapped(model))
     if _takes_logits_to_keep(model_class):
         logits = model(**inputs, logits_to_keep=kept).logits
     else:
         logits = model(**inputs).logits[:, kept]
-    labels = targets[:, kept]
-    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-    return losses.view(labels.shape), labels
+    return logits, targets[:, kept]
 
 
 def count_loss_tokens(labels: Tensor) -> int:
@@ -48,8 +53,9 @@ def row_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, T
     return losses.double().sum(1).float(), (labels != -100).sum(1)
 
 
-def _unwrapped(model: Any) -> Any:
-    return getattr(model, "module", model)  # DistributedDataParallel
+def unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel; the model itself where nothing wraps it."""
+    return getattr(model, "module", model)
 
 
 @cache

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.errors import CheckpointError
+from qlora_kit.train.resize_states import resized, resized_states
 
 TORCH_STATES = ("exp_avg", "exp_avg_sq")
 BNB_STATES = ("state1", "state2")  # bitsandbytes' names of the same two; 8-bit ones come with qmap and absmax
@@ -66,13 +67,15 @@ class AdapterOptimizer:
             self._inner[name] = make([master])
 
     def step(self, scale: float = 1.0) -> None:
-        """One update from the gradients times `scale`, at the rate given to `set_lr`."""
+        """One update from the gradients times `scale`, at the rate given to `set_lr`. Gradients stay as they are."""
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
             if name not in self._masters:
-                parameter.grad.mul_(scale)
+                whole = parameter.grad
+                parameter.grad = whole * scale
                 self._inner[name].step()
+                parameter.grad = whole  # as of bf16 weights: methods look at gradients after the step
                 continue
             master = self._masters[name]
             low = self.low_bits.get(name)
@@ -93,6 +96,22 @@ class AdapterOptimizer:
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
             parameter.grad = None
+
+    def replace(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Takes parameters of another shape in the place of those of the same names; their states are resized."""
+        for name, parameter in parameters.items():
+            inner, shape = self._inner[name], self.parameters[name].shape
+            (group,) = inner.param_groups
+            state = resized_states(inner.state.pop(group["params"][0], {}), shape, parameter.shape)
+            for entry in BNB_STATES if state.keys() >= set(BNB_STATES) else ():
+                state[entry] = _state_buffer(inner, parameter, state[entry])
+            if name not in self._masters:
+                group["params"][0] = parameter
+            if state:
+                inner.state[group["params"][0]] = state
+            if name in self.low_bits:
+                self.low_bits[name] = resized(self.low_bits[name], parameter.shape)
+            self.parameters[name] = parameter
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """(tensors, numbers) by `WEIGHT/ENTRY`: all that the next step depends on beside the weights."""

@@ -52,19 +52,28 @@ class QuietProgress:
 
 
 class JsonProgress(QuietProgress):
-    """Each line of metrics.jsonl, and a first and last event, to standard output as it is made."""
+    """Each line of metrics.jsonl, and a first and last event, to standard output as it is made.
+
+    `train` lines have eta_s too, the seconds left at this process' pace; it is no result and so in no file.
+    """
 
     def start(self, session: Session, state: TrainState) -> None:
+        self.total, self.began = session.total_steps, (state.step, state.elapsed_s)
         self._write({"kind": "start", "step": state.step, "total_steps": session.total_steps, "notes": session.notes})
 
     def say(self, text: str) -> None:
         self._write({"kind": "note", "text": text})
 
     def show(self, record: dict[str, Any]) -> None:
-        self._write(record)
+        self._write(record | {"eta_s": self._seconds_left(record)} if record["kind"] == "train" else record)
 
     def finish(self, adapter: Path, step: int, eval_loss: float | None) -> None:
         self._write({"kind": "finish", "adapter": str(adapter), "step": step, "eval_loss": eval_loss})
+
+    def _seconds_left(self, record: dict[str, Any]) -> float:
+        first, elapsed = self.began
+        a_step = (record["elapsed_s"] - elapsed) / max(1, record["step"] - first)
+        return a_step * (self.total - record["step"])
 
     def _write(self, record: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(record) + "\n")

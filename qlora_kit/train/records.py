@@ -83,9 +83,7 @@ def at_start(session: Session) -> dict[str, Any]:
         "machine": machine(session),
         "notes": session.notes,
         "resumes": [],
-        "results": {
-            "trainable_params": sum(p.numel() for p in trainable_parameters(session.plain).values()),
-        },
+        "results": {"trainable_params": _trained_weights(session)},
     }
 
 
@@ -104,6 +102,7 @@ def at_end(session: Session, state: TrainState, eval_loss: float | None) -> dict
         **data_fields(session),
         "results": {
             **results,
+            "trainable_params": _trained_weights(session),  # a rank may have grown
             "best_step": state.best_step,
             "best_eval_loss": state.best_loss,
             "final_eval_loss": eval_loss,
@@ -114,6 +113,10 @@ def at_end(session: Session, state: TrainState, eval_loss: float | None) -> dict
             "tokens_per_s": state.tokens_seen / max(state.step_s, 1e-9),
         },
     }
+
+
+def _trained_weights(session: Session) -> int:
+    return sum(parameter.numel() for parameter in trainable_parameters(session.plain).values())
 
 
 def data_fields(session: Session) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.adapters.peft_format import load_adapter
+from qlora_kit.adapters.methods import METHODS
+from qlora_kit.adapters.peft_format import load_adapter, read_adapter
 from qlora_kit.errors import RunError
 from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
 from qlora_kit.model.source import find_base
@@ -24,8 +27,10 @@ def load_run_tokenizer(run: RunFolder) -> PreTrainedTokenizerBase:
     return load_tokenizer(run.tokenizer)
 
 
-def load_run_base(run: RunFolder, quant: str | None = None, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The base model of a run as it was trained on, or in another quantization.
+def load_run_base(
+    run: RunFolder, quant: str | None = None, device: str | torch.device = "cpu", quantize_later: bool = False
+) -> PreTrainedModel:
+    """The base model of a run, in its quantization or in another; whole where it is to be quantized later.
 
     Raises:
         RunError: the base is not the one the run was trained on.
@@ -45,18 +50,28 @@ def load_run_base(run: RunFolder, quant: str | None = None, device: str | torch.
         device,
         skip,
         base.trust_remote_code,
+        quantize_later=quantize_later,
     )
 
 
-def load_tuned(run: RunFolder, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_tuned(run: RunFolder, device: str | torch.device = "cpu", adapter: Path | None = None) -> PreTrainedModel:
     """The trained model: quantized base with the run's adapter, in its compute dtype, in evaluation mode.
+
+    Args:
+        adapter: the folder of another one, used instead of the run's own.
 
     Raises:
         RunError: the run has no adapter yet.
+        AdapterError: the adapter does not fit the run's base.
     """
+    if adapter is not None:
+        model = load_run_base(run, device=device, quantize_later=read_adapter(adapter).method.replaces_base)
+        load_adapter(model, adapter)
+        return model.eval()
     if not run.adapter.is_dir():
         raise RunError(f"{run.path} holds no adapter yet", fix=f"Finish it: qlora-kit train --resume {run.path}")
-    model = load_run_base(run, device=device)
+    replaced = METHODS[run.recipe().adapter.method].replaces_base
+    model = load_run_base(run, device=device, quantize_later=replaced)
     load_adapter(model, run.adapter)
     return model.eval()
 

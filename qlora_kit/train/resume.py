@@ -9,7 +9,10 @@ from qlora_kit.adapters.peft_format import fill_adapter, read_adapter
 from qlora_kit.errors import CheckpointError
 from qlora_kit.train import records
 from qlora_kit.train.checkpoint import Checkpoint, TrainState, checkpoint_folders, newest_checkpoint, step_of
+from qlora_kit.train.growth import resize_adapter
+from qlora_kit.train.saving import save
 from qlora_kit.train.session import Session
+from qlora_kit.train.start_from import start_from
 
 
 def begin(session: Session) -> TrainState:
@@ -18,11 +21,12 @@ def begin(session: Session) -> TrainState:
     Raises:
         RunError: the folder holds a run that is not to be overwritten, or the disk is full.
     """
+    source = start_from(session)
     if session.accelerator.is_main_process:
         session.run.begin(session.recipe)
         session.tokenizer.save_pretrained(session.run.tokenizer)
-        session.run.update_manifest(**records.at_start(session))
-    return TrainState(
+        session.run.update_manifest(**records.at_start(session), **({"init_from": source} if source else {}))
+    state = TrainState(
         micro_batch_size=session.recipe.train.micro_batch_size,
         grad_accum_steps=session.recipe.train.grad_accum_steps,
         threads=session.threads,
@@ -31,6 +35,9 @@ def begin(session: Session) -> TrainState:
         data_sha256=session.data.sha256,
         base_sha256=session.source.fingerprint(),
     )
+    if source:
+        save(session, state)  # from here on the run needs no other's files
+    return state
 
 
 def resume_from_checkpoint(session: Session) -> TrainState:
@@ -52,6 +59,7 @@ def resume_from_checkpoint(session: Session) -> TrainState:
     state = checkpoint.state
     _check_same_conditions(session, state, checkpoint)
     stored = read_adapter(checkpoint.adapter)
+    resize_adapter(session, state.step)
     fill_adapter(session.plain, session.method, stored.tensors, str(checkpoint.adapter))
     session.optimizer.load_state(checkpoint.optimizer_tensors, checkpoint.optimizer_numbers)
     session.method.load_state(checkpoint.method_tensors)

@@ -45,6 +45,7 @@ RUN_FILES = (
     "adapter",
     "metrics.jsonl",
     "samples.json",
+    "teacher.safetensors",
     "report.html",
     "tokenizer",
     "trackers",
@@ -63,6 +64,7 @@ class RunFolder:
         self.recipe_file, self.manifest_file = path / "recipe.yaml", path / "manifest.json"
         self.metrics_file, self.checkpoints = path / "metrics.jsonl", path / "checkpoints"
         self.adapter, self.tokenizer = path / "adapter", path / "tokenizer"
+        self.teacher = path / "teacher.safetensors"
         self.merged, self.bundles = path / "merged", path / "bundles"
         self.overwrite = False  # an existing run here may be lost
 

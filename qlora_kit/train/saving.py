@@ -16,6 +16,7 @@ from qlora_kit.train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from qlora_kit.train.growth import resize_adapter
 from qlora_kit.train.records import keep_peaks
 from qlora_kit.train.session import Session
 
@@ -62,6 +63,7 @@ def publish(session: Session, state: TrainState) -> int:
     session.accelerator.wait_for_everyone()
     if step != state.step:
         folder = checkpoint_folder(session.run.checkpoints, step) / "adapter"
+        resize_adapter(session, step)
         fill_adapter(session.plain, session.method, read_adapter(folder).tensors, str(folder))
     return step
 

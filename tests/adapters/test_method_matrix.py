@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import yaml
 from tiny_models import save_tiny_model, tiny_ids
-from tiny_run import label_rows, write_rows
+from tiny_run import killed_after, label_rows, write_rows
 
 from qlora_kit.adapters.methods import METHODS
 from qlora_kit.cli import main
@@ -22,8 +21,17 @@ QUANTS = ("nf4", "int8", "none")
 FIELDS: dict[str, dict[str, Any]] = {  # beside the defaults; a method that needs nothing has no entry
     "lora": {"rank": 4},
     "dora": {"rank": 4},
+    "pissa": {"rank": 4},
+    "loftq": {"rank": 4},
+    "adalora": {"rank": 2, "warmup_share": 0.2, "final_share": 0.2, "prune_every": 1},  # killed before ranks are fixed
+    "sora": {"rank": 4, "sparse_lambda": 5.0},
+    "prompt_tuning": {"tokens": 4},
 }
-NOT_ON: dict[tuple[str, str], str] = {}
+NOT_ON: dict[tuple[str, str], str] = {
+    ("loftq", "none"): "base.quant none loses nothing",
+    ("full", "nf4"): "codes cannot be trained",
+    ("full", "int8"): "codes cannot be trained",
+}
 """(method, quant) to words of the refusal."""
 
 
@@ -44,17 +52,6 @@ def write_recipe(folder: Path, method: str, quant: str) -> Path:
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     return folder / "recipe.yaml"
-
-
-def killed_after(run: Path, step: int, target: Path) -> Path:
-    """A copy of a run as a kill after `step` would have left it."""
-    shutil.copytree(run, target)
-    shutil.rmtree(target / "adapter")
-    for folder in target.glob("checkpoints/step-*"):
-        if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)
-    RunFolder.open(target).update_manifest(status="running", step=step, checkpoint=step)
-    return target
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -35,7 +35,7 @@ RECIPES: dict[str, tuple[str, str]] = {  # the recipe's text (empty: as it shoul
     "a name that is a path": ("run.name=../x", "should match pattern"),
     "streaming without steps": ("data.streaming=true data.eval=null", "a stream has no known length"),
     "a place that is a file": ("run.out_dir={folder}/train.jsonl", "cannot be written|Not a directory"),
-    "no such layer": ("adapter.target_modules=[q_prj]", r"matches no linear layer .*q_prj.*did you mean q_proj"),
+    "no such layer": ("adapter.target_modules=[q_prj]", r"that can be adapted .*q_prj.*did you mean q_proj"),
     "no layer at all": ("adapter.target_modules=conv.*", "matches no layer.*Allowed: .*q_proj"),
     "broken expression": ("adapter.target_modules=(q", "not a regular expression"),
     "no such module": ("adapter.modules_to_save=[heads]", "modules_to_save matches no module.*lm_head"),
@@ -172,7 +172,7 @@ def test_gguf_files(recipe: Path, content: bytes | None, message: str, capsys: p
 
 def test_a_corrected_recipe_trains_where_the_wrong_one_failed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("data.train=nowhere.jsonl", f"base.model={recipe.parent}/nowhere", "adapter.target_modules=[x]"):
-        refused(["train", str(recipe), wrong], "no file|names no model|no linear layer", recipe.parent, capsys)
+        refused(["train", str(recipe), wrong], "no file|names no model|matches no layer", recipe.parent, capsys)
     run = train(recipe)
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     before = (run / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -45,8 +45,9 @@ def bnb_weight(layer: nn.Module) -> torch.Tensor:
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return F.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
     state = copy.deepcopy(layer.weight.quant_state)
-    state.dtype = torch.float32
-    return F.dequantize_4bit(layer.weight.data, state)
+    state.dtype, shape = torch.float32, state.shape
+    state.shape = torch.Size((shape.numel(),))  # as one row: its rows of 2-D weights are right in whole blocks only
+    return F.dequantize_4bit(layer.weight.data, state).view(shape)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -85,6 +86,16 @@ def test_dequantize_gives_bitsandbytes_own_bits(size, quant, double):
         assert torch.equal(narrow, wanted.to(dtype))
     x = torch.randn(3, size[0])
     torch.testing.assert_close(ours(x), nn.functional.linear(x, wanted, layer.bias))
+
+
+@pytest.mark.parametrize("fan_in", [16, 48, 64, 96, 100, 160, 176])
+@pytest.mark.parametrize("quant", ["nf4", "fp4"])
+def test_rows_that_share_blocks_are_expanded_right(fan_in, quant):
+    layer = QuantizedLinear.from_bitsandbytes(bnb_layer(fan_in, 37, quant))
+    pairs = torch.stack([layer.codes.flatten() >> 4, layer.codes.flatten() & 15], 1)
+    wanted = layer.code[pairs.flatten().long()] * layer.absmax.repeat_interleave(64)[: 37 * fan_in]
+    # The fast path holds its own table of codes, fp4's to four digits.
+    torch.testing.assert_close(layer.dequantize(torch.float32).flatten(), wanted, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("quant,bound", [("nf4", 0.16), ("fp4", 0.2), ("int8", 0.005)])

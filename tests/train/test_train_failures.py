@@ -14,7 +14,7 @@ from tiny_runs import adapter_sha256, resume_here, tiny_recipe, tiny_tree, train
 
 from qlora_kit.errors import TrainingError
 from qlora_kit.recipe_file import parse_recipe
-from qlora_kit.train import loop
+from qlora_kit.train import evaluation, session
 from qlora_kit.train.checkpoint import TrainState
 from qlora_kit.train.failures import not_finite
 from qlora_kit.train.progress import LiveProgress
@@ -37,14 +37,19 @@ def fails_at_call(function: Any, number: int) -> Any:
     return called
 
 
-@pytest.mark.parametrize(("function", "call", "step"), [("token_losses", 7, 3), ("row_losses", 3, 6)])
+FAILURES = [("session.token_losses", 7, 3), ("evaluation.row_losses", 3, 6)]
+
+
+@pytest.mark.parametrize(("function", "call", "step"), FAILURES)
 def test_memory_that_runs_out_is_told_with_what_to_do_and_the_run_goes_on(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, step: int
 ) -> None:
     """In the second micro batch of step 4, and in the evaluation after step 6."""
     expected = adapter_sha256(train_here(tiny_recipe(tmp_path, tiny_llama, run={"name": "whole"})).path)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, function, fails_at_call(getattr(loop, function), call))
+        module, name = function.split(".")
+        place = {"session": session, "evaluation": evaluation}[module]
+        patch.setattr(place, name, fails_at_call(getattr(place, name), call))
         with pytest.raises(TrainingError, match=rf"too little memory on cpu after step {step}") as caught:
             train_here(tiny_recipe(tmp_path, tiny_llama))
     run = RunFolder(tmp_path / "runs" / "tiny")
@@ -67,7 +72,7 @@ def test_rows_that_a_stream_leaves_out_are_counted_and_told(
     rows[3] = json.dumps({"prompt": "stone", "completion": ""})
     path.write_text("\n".join(rows))
     if stops:
-        monkeypatch.setattr(loop, "token_losses", fails_at_call(loop.token_losses, 7))
+        monkeypatch.setattr(session, "token_losses", fails_at_call(session.token_losses, 7))
         with pytest.raises(TrainingError, match="too little memory"):
             train_here(parse_recipe(tree))
         monkeypatch.undo()

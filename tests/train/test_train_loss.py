@@ -104,8 +104,9 @@ def session_for(folder: Path, model: Path, **changes: Any) -> Session:
 
 def gradients(session: Session) -> tuple[float, dict[str, torch.Tensor]]:
     train = session.recipe.train
-    batches = [session.collate(session.batches.next_micro_batch()) for _ in range(train.grad_accum_steps)]
-    loss = _forward_backward(session, 1, batches, _count_tokens(session, batches)[1])
+    rows = [session.batches.next_micro_batch() for _ in range(train.grad_accum_steps)]
+    batches = [session.collate(group) for group in rows]
+    loss = _forward_backward(session, 1, rows, batches, _count_tokens(session, batches)[1])
     return loss, {name: p.grad for name, p in session.optimizer.parameters.items() if p.grad is not None}
 
 

@@ -203,6 +203,7 @@ def test_clipping_against_torch_in_fp32(dtype: torch.dtype, max_norm: float | No
     for name, weight in own.items():
         now = weight.detach() if dtype == torch.float32 else join_fp32(weight.detach(), optimizer.low_bits[name])
         torch.testing.assert_close(masters[name] - now, plain[name].grad, rtol=1e-5, atol=1e-6)
+    assert gradient_norm(list(own.values())) == norm  # methods look at the gradients after the step
 
 
 def test_a_norm_that_bf16_could_not_sum_is_right() -> None:

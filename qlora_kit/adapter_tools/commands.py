@@ -1,0 +1,90 @@
+"""`qlora-kit adapters`: list, combine, convert, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qlora_kit.adapter_tools.combining import combine_sources
+from qlora_kit.adapter_tools.converting import convert
+from qlora_kit.adapter_tools.inspecting import inspect
+from qlora_kit.adapter_tools.listing import describe, find_adapters, print_list
+from qlora_kit.adapter_tools.page import render_inspection
+from qlora_kit.adapter_tools.sources import open_source
+from qlora_kit.adapter_tools.tables import print_inspection
+from qlora_kit.adapters.combine import Combination
+from qlora_kit.atomic import write_atomically
+
+WIDTH = 140  # columns
+
+
+def run_adapters(options: argparse.Namespace) -> None:
+    """Does the action, and prints what came of it: tables for people, JSON for programs."""
+    {"list": _list, "combine": _combine, "convert": _convert, "inspect": _inspect}[options.action](options)
+
+
+def _console() -> Console:
+    """Wide enough for the tables: a narrower terminal breaks lines, where rich would cut numbers off."""
+    return Console(width=max(WIDTH, Console().width))
+
+
+def _list(options: argparse.Namespace) -> None:
+    rows = [describe(folder) for folder in find_adapters([Path(path) for path in options.folders or ["runs"]])]
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
+    else:
+        print_list(rows, _console())
+
+
+def _combine(options: argparse.Namespace) -> None:
+    note = combine_sources(
+        [open_source(folder) for folder in options.folders],
+        options.weights,
+        Path(options.output),
+        Combination(options.method, options.rank, options.density, options.seed, options.dtype),
+        options.force,
+    )
+    if options.json:
+        print(json.dumps(note, indent=2, ensure_ascii=False))
+        return
+    layers = note["layers"]
+    print(f"{options.output}: {options.method} of {len(options.folders)} adapters, {len(layers)} layers")
+    _print_shares("left out by the cut to a rank", {name: layer["lost"] for name, layer in layers.items()})
+    _print_shares("distance from the weighted sum", {name: layer["from_sum"] for name, layer in layers.items()})
+    if note["taken_in_full"]:
+        print(f"  taken as they are, without a weight: {', '.join(note['taken_in_full'])}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    result = convert(open_source(options.folder), Path(options.output), options.rank, options.dtype)
+    if options.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    print(f"{options.output}: LoRA in {result['dtype']}")
+    _print_shares("left out by the cut to a rank", result["lost"])
+
+
+def _print_shares(what: str, shares: dict[str, float]) -> None:
+    """A share of each layer's norm: the mean, and the worst layer."""
+    worst = max(shares, key=lambda name: shares[name])
+    mean = sum(shares.values()) / len(shares)
+    print(f"  {what}: {mean:.2%} of the norm, mean over layers; at most {shares[worst]:.2%} ({worst})")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    other = open_source(options.other) if options.other else None
+    inspection = inspect(open_source(options.folder), other, options.base)
+    if options.output:
+        write_atomically(Path(options.output), render_inspection(inspection))
+    if options.json:
+        tree: dict[str, Any] = inspection.to_json()
+        print(json.dumps(tree, indent=2, ensure_ascii=False))
+        return
+    print_inspection(inspection, _console())
+    if options.output:
+        print(options.output)

@@ -1,0 +1,114 @@
+"""The perplexity of a bundle against the reference's, with how sure the tokens at hand make it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+MIN_LOSS_TOKENS = 200
+"""Completions with fewer are too little by themselves: prompts are then compared too."""
+DOUBT = 2.0
+"""Standard errors on either side of a mean that count as doubt: about 95%."""
+
+DoubleArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Losses, in nats, of the predicted tokens of one row.
+
+    Attributes:
+        bundle, reference: float64 [n].
+        in_completion: bool [n], which of them carry loss in training.
+    """
+
+    bundle: DoubleArray
+    reference: DoubleArray
+    in_completion: npt.NDArray[np.bool_]
+
+    def completion(self) -> TokenLosses:
+        """Those of the completion alone."""
+        chosen = self.in_completion
+        return TokenLosses(self.bundle[chosen], self.reference[chosen], chosen[chosen])
+
+
+@dataclass(frozen=True)
+class PerplexityRatio:
+    """Bundle's perplexity over the reference's: exp of the mean difference of their losses.
+
+    Attributes:
+        bundle, reference: the two perplexities.
+        log: mean difference in nats a token.
+        error: its standard error; infinite where there are too few tokens to tell.
+    """
+
+    over: Literal["completions", "all tokens"]
+    tokens: int
+    bundle: float
+    reference: float
+    log: float
+    error: float
+
+    @property
+    def value(self) -> float:
+        """The ratio itself."""
+        return _exp(self.log)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ratio's bounds, two standard errors either way."""
+        return _exp(self.log - DOUBT * self.error), _exp(self.log + DOUBT * self.error)
+
+    def is_past(self, limit: float, exact: bool) -> bool:
+        """True where the ratio, or its inverse, is above `limit`; unless `exact`, beyond doubt. NaN is."""
+        return not abs(self.log) - (0.0 if exact else DOUBT * self.error) <= math.log(limit)
+
+    def is_resolved(self, limit: float) -> bool:
+        """True where the ratio and its inverse are within `limit` beyond doubt."""
+        return abs(self.log) + DOUBT * self.error <= math.log(limit)
+
+
+def compare_perplexity(rows: list[TokenLosses], min_loss_tokens: int = MIN_LOSS_TOKENS) -> PerplexityRatio:
+    """Over the completions, if they hold `min_loss_tokens`; else over all predicted tokens."""
+    completions = [row.completion() for row in rows]
+    enough = sum(len(row.bundle) for row in completions) >= min_loss_tokens
+    chosen = [row for row in (completions if enough else rows) if len(row.bundle)]
+    tokens = sum(len(row.bundle) for row in chosen)
+    if not tokens:
+        return PerplexityRatio("all tokens", 0, math.nan, math.nan, math.nan, math.inf)
+    bundle = float(np.concatenate([row.bundle for row in chosen]).mean())
+    reference = float(np.concatenate([row.reference for row in chosen]).mean())
+    differences = [row.bundle - row.reference for row in chosen]
+    return PerplexityRatio(
+        over="completions" if enough else "all tokens",
+        tokens=tokens,
+        bundle=_exp(bundle),
+        reference=_exp(reference),
+        log=bundle - reference,
+        error=_standard_error(differences, bundle - reference),
+    )
+
+
+def _standard_error(rows: list[DoubleArray], mean: float) -> float:
+    """Of the mean of all values: the larger of what single values and what whole rows say.
+
+    Values of one row go together (Cameron and Miller 2015, "cluster-robust inference"); of few rows that alone
+    would be too rough.
+    """
+    values = np.concatenate(rows)
+    if len(values) < 2:
+        return math.inf
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    if len(rows) > 1:
+        squares = sum(float((row - mean).sum()) ** 2 for row in rows)
+        error = max(error, math.sqrt(squares * len(rows) / (len(rows) - 1)) / len(values))
+    return error
+
+
+def _exp(log: float) -> float:
+    """exp, infinite where it is too large for a float."""
+    return math.exp(log) if log < 700 else (math.inf if log == log else math.nan)

@@ -1,0 +1,119 @@
+"""The model that is trained: tokenizer, quantized base, the adapter in it, and the adapter's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.methods import METHODS, method_for
+from qlora_kit.adapters.settings import AdapterSettings
+from qlora_kit.data.template import resolve_template
+from qlora_kit.errors import TrainingError
+from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
+from qlora_kit.model.source import BaseSource
+from qlora_kit.recipe import Recipe
+from qlora_kit.train.checkpoint import newest_checkpoint
+from qlora_kit.train.determinism import seed_for
+from qlora_kit.train.optim import AdapterOptimizer, optimizer_maker
+from qlora_kit.train.run_folder import RunFolder
+
+
+def prepared_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with the run's new tokens and chat template: what trains, generates and ships."""
+    tokenizer = load_tokenizer(folder, recipe.base.trust_remote_code)
+    if recipe.adapter.new_tokens:
+        tokenizer.add_tokens(recipe.adapter.new_tokens)
+    template = resolve_template(tokenizer, recipe.data)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def load_for_training(
+    recipe: Recipe,
+    source: BaseSource,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    stored: Path | None = None,
+) -> tuple[PreTrainedModel, Method[Any]]:
+    """The quantized base with a fresh adapter in it, in training mode, and the adapter's method.
+
+    Args:
+        stored: folder of an adapter, where the method replaces the base: the one that it was trained on is made again.
+    """
+    model = load_base(
+        source,
+        recipe.base.quant,
+        recipe.base.double_quant,
+        DTYPES[recipe.base.compute_dtype],
+        device,
+        list(recipe.adapter.modules_to_save),
+        recipe.base.trust_remote_code,
+        quantize_later=METHODS[recipe.adapter.method].replaces_base,
+    )
+    torch.manual_seed(seed_for(recipe.run.seed, "init"))
+    if len(tokenizer) > cast(Tensor, model.get_input_embeddings().weight).shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    method = method_for(with_new_tokens(recipe.adapter, model))
+    method.prepare(tokenizer)
+    if stored is not None:
+        method.read_beside(stored)
+    method.inject(model)
+    if recipe.train.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model.train(), method
+
+
+def stored_base(recipe: Recipe, run: RunFolder, resume: bool) -> Path | None:
+    """The adapter of the newest whole checkpoint, for a run that goes on and whose method replaced the base."""
+    if not resume or not METHODS[recipe.adapter.method].replaces_base:
+        return None
+    checkpoint, _ = newest_checkpoint(run.checkpoints)
+    return checkpoint.adapter if checkpoint else None
+
+
+def with_new_tokens(settings: AdapterSettings, model: PreTrainedModel) -> AdapterSettings:
+    """The settings; where there are new tokens, embedding and head are among the modules to save."""
+    if not settings.new_tokens:
+        return settings
+    vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if module in vocabulary]
+    saved = list(dict.fromkeys([*settings.modules_to_save, *names]))
+    return settings.model_copy(update={"modules_to_save": saved})
+
+
+def make_optimizer(
+    recipe: Recipe,
+    parameters: dict[str, torch.nn.Parameter],
+    device: torch.device,
+    lr_factor: Callable[[str], float] = lambda _: 1.0,
+) -> tuple[AdapterOptimizer, list[str]]:
+    """The optimizer, and notes on what had to be replaced on this machine.
+
+    Raises:
+        TrainingError: there are no parameters.
+    """
+    if not parameters:
+        raise TrainingError("nothing is trained", fix="Give adapter.target_modules that the model has")
+    train = recipe.train
+    make, note = optimizer_maker(
+        train.optimizer, (train.betas[0], train.betas[1]), train.eps, train.weight_decay, device
+    )
+    factors = {name: lr_factor(name) for name in parameters}
+    return AdapterOptimizer(parameters, make, recipe.adapter.keep_precision, factors), [note] if note else []
+
+
+def add_gradients_in_fp32(parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Gradients of micro batches add up in fp32: a bf16 sum swallows what is below 1/256 of it.
+
+    With several processes they stay in the weight's dtype: DistributedDataParallel takes no other.
+    """
+    for parameter in parameters.values():
+        parameter.grad_dtype = torch.float32

@@ -1,0 +1,89 @@
+"""Distillation: a teacher's probabilities guide the student beside the labels (`train.distill`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora_kit.data.masking import Encoded
+from qlora_kit.kernels.distill_loss import TeacherSays, chunked_distill_losses
+from qlora_kit.recipe import DistillSection
+from qlora_kit.train.loss import kept_logits, unwrapped
+
+Collate = Callable[[list[Encoded]], dict[str, Tensor]]
+
+
+class Teacher(Protocol):
+    """Who knows better."""
+
+    def prepare(self, rows: Sequence[Encoded], collate: Collate) -> None:
+        """Called once before the first step, with all training rows."""
+
+    def says(self, batch: Mapping[str, Tensor], rows: list[Encoded]) -> Callable[[slice], TeacherSays]:
+        """What it says of slices of a micro batch's loss tokens, in the order of rows and places."""
+        ...
+
+
+class Distillation:
+    """The step's loss where a teacher guides it."""
+
+    def __init__(self, section: DistillSection, teacher: Teacher) -> None:
+        self.section, self.teacher = section, teacher
+
+    def losses(self, model: nn.Module, batch: Mapping[str, Tensor], rows: list[Encoded]) -> Tensor:
+        """The combined loss of each token that carries loss, float32 [loss tokens]."""
+        says = self.teacher.says(batch, rows)
+        student: Any = unwrapped(model)
+        head = student.get_output_embeddings()
+        hidden, labels = hidden_of_loss_tokens(model, batch)
+        vocab = student.get_input_embeddings().weight.shape[0]
+        section = self.section
+        return chunked_distill_losses(hidden, head, labels, says, section.temperature, section.weight, vocab)
+
+
+class OnlineTeacher:
+    """A teacher in memory, asked at each step."""
+
+    def __init__(self, model: PreTrainedModel, temperature: float) -> None:
+        self.model, self.temperature = model, temperature
+
+    def prepare(self, rows: Sequence[Encoded], collate: Collate) -> None:
+        """There is nothing to prepare."""
+
+    @torch.no_grad()
+    def says(self, batch: Mapping[str, Tensor], rows: list[Encoded]) -> Callable[[slice], TeacherSays]:
+        head: Any = self.model.get_output_embeddings()
+        hidden, _ = hidden_of_loss_tokens(self.model, batch)
+
+        def of(place: slice) -> TeacherSays:
+            with torch.no_grad():
+                return TeacherSays((head(hidden[place]).float() / self.temperature).log_softmax(1))
+
+        return of
+
+
+def hidden_of_loss_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(what goes into the head [loss tokens, width], labels int64 [loss tokens]) of the tokens that carry loss."""
+    with _headless(unwrapped(model)):
+        hidden, labels = kept_logits(model, batch)
+    carries = labels != -100
+    return hidden[carries], labels[carries]
+
+
+@contextmanager
+def _headless(model: PreTrainedModel) -> Iterator[None]:
+    """The model gives, in place of logits, what would go into its output head."""
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    parent, _, child = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    setattr(holder, child, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(holder, child, head)

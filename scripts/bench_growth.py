@@ -1,0 +1,95 @@
+"""Does a rank that grows learn what the large rank learns? Held-out loss and time of three ways, over seeds.
+
+    python scripts/bench_growth.py [--seeds 0 1 2] [--steps 100]
+
+Rank 16 from the start; rank 4 that grows to 16 at half of the steps; rank 4. All scale by 2.
+Writes benchmarks/growth.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_runs import RESULTS, environment, hardware_line, manifest, metrics, train_run, write
+
+VARIANTS = {
+    "16": ["adapter.rank=16", "adapter.alpha=32.0"],
+    "4 to 16": ["adapter.rank=4", "adapter.alpha=8.0", "adapter.growth=[{at: 0.5, rank: 16}]"],
+    "4": ["adapter.rank=4", "adapter.alpha=8.0"],
+}
+ROWS = 8  # a step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of one run (default 1)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench_growth"), help="where the runs lie")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are written")
+    options = parser.parse_args()
+    runs = {variant: [_train(options, variant, seed) for seed in options.seeds] for variant in VARIANTS}
+    _report(
+        options, {variant: [_result(run) for run in of] for variant, of in runs.items()}, environment(runs["16"][0])
+    )
+
+
+def _train(options: argparse.Namespace, variant: str, seed: int) -> Path:
+    overrides = [
+        *VARIANTS[variant],
+        f"run.seed={seed}",
+        f"train.threads={options.threads}",
+        f"train.max_steps={options.steps}",
+        f"train.warmup_steps={min(10, options.steps // 4)}",
+        f"train.micro_batch_size={ROWS}",
+        "train.grad_accum_steps=1",
+        f"train.eval_every={options.steps}",
+        "train.eval_batches=16",
+    ]
+    name = f"rank-{variant.replace(' ', '-')}-seed{seed}-steps{options.steps}"
+    return train_run("smollm2-sentiment", name, options.runs, overrides)
+
+
+def _result(run: Path) -> dict[str, Any]:
+    steps = metrics(run, "train")
+    return {
+        "eval_loss": metrics(run, "eval")[-1]["loss"],  # after the last step
+        "train_loss": [record["loss"] for record in steps],
+        "step_s": float(np.mean([record["tokens"] / record["tokens_per_s"] for record in steps])),
+        "trained_weights": manifest(run)["results"]["trainable_params"],
+    }
+
+
+def _report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]], env: dict[str, Any]) -> None:
+    losses = {variant: [result["eval_loss"] for result in of] for variant, of in results.items()}
+    rows = [
+        f"| {variant} | {np.mean(losses[variant]):.4f} | {_against_16(losses, variant)} "
+        f"| {np.mean([result['step_s'] for result in of]):.2f} | {of[0]['trained_weights']:,} |"
+        for variant, of in results.items()
+    ]
+    table = (
+        "# A rank that grows\n\n"
+        f"SmolLM2-135M, NF4 base, sentiment, {options.steps} steps of {ROWS} rows, seeds {options.seeds}. "
+        "`4 to 16` grows at half of the steps; all scale by 2.\n\n"
+        "| rank | held-out loss | against 16, paired 95% t interval | s a step | trained weights at the end |\n"
+        "|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"`python scripts/bench_growth.py --steps {options.steps}` on " + hardware_line(env)
+    )
+    tree = {"seeds": options.seeds, "steps": options.steps, "results": results, **env}
+    write("growth", tree, table, options.out)
+
+
+def _against_16(losses: dict[str, list[float]], variant: str) -> str:
+    from qlora_kit.eval.intervals import paired_t_interval
+
+    if variant == "16" or len(losses[variant]) < 2:
+        return ""
+    found = paired_t_interval(losses[variant], losses["16"])
+    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+if __name__ == "__main__":
+    main()

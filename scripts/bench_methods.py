@@ -1,0 +1,101 @@
+"""What does each method do to a real task? GSM8K answers with SmolLM2 on an NF4 base, over seeds.
+
+    python scripts/bench_methods.py --data PATH/gsm8k [--methods lora dora ...] [--seeds 0 1 2] [--steps 120]
+
+Held-out loss, trained weights, peak memory and speed of each. Writes benchmarks/methods_gsm8k.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_runs import RESULTS, environment, hardware_line, manifest, train_run, write
+
+VARIANTS: dict[str, list[str]] = {
+    "lora": [],
+    "lora, rank 4": ["adapter.rank=4", "adapter.alpha=8.0"],
+    "rslora": ["adapter.use_rslora=true", "adapter.alpha=8.0"],  # the same scaling at rank 16
+    "lora+": ["adapter.lr_ratio=16.0", "train.lr=1e-4"],
+    "dora": ["adapter.method=dora"],
+    "dora, rank 4": ["adapter.method=dora", "adapter.rank=4", "adapter.alpha=8.0"],
+    "pissa": ["adapter.method=pissa"],
+    "loftq": ["adapter.method=loftq"],
+    "adalora": ["adapter.method=adalora"],
+    "sora": ["adapter.method=sora"],
+    "bottleneck": ["adapter.method=bottleneck"],
+    "prompt tuning": ["adapter.method=prompt_tuning", "train.lr=3e-2"],
+    "lora, distilled": ["train.distill={teacher: base, temperature: 1.0}"],
+    "full, 16 bit": ["adapter.method=full", "base.quant=none", "train.lr=1e-5"],
+}
+ROWS = 4  # a step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with GSM8K's train.jsonl and test.jsonl")
+    parser.add_argument("--methods", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--eval-rows", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of one run (default 1)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench_methods"), help="where the runs lie")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are written")
+    options = parser.parse_args()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    held_out = options.runs / "eval.jsonl"
+    lines = (options.data / "test.jsonl").read_text(encoding="utf-8").splitlines()[: options.eval_rows]
+    held_out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    runs = {name: [_train(options, held_out, name, seed) for seed in options.seeds] for name in options.methods}
+    results = {name: [manifest(run)["results"] for run in of] for name, of in runs.items()}
+    _report(options, results, environment(runs[options.methods[0]][0]))
+
+
+def _train(options: argparse.Namespace, held_out: Path, name: str, seed: int) -> Path:
+    overrides = [
+        f"data.train={options.data / 'train.jsonl'}",
+        f"data.eval={held_out}",
+        f"run.seed={seed}",
+        f"train.threads={options.threads}",
+        f"train.max_steps={options.steps}",
+        f"train.warmup_steps={min(10, options.steps // 4)}",
+        f"train.micro_batch_size={ROWS}",
+        *VARIANTS[name],
+    ]
+    folder = name.replace(", ", "-").replace(" ", "-").replace("+", "-plus")
+    return train_run("smollm2-gsm8k", f"{folder}-seed{seed}", options.runs, overrides)
+
+
+def _report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]], env: dict[str, Any]) -> None:
+    losses = {name: [result["final_eval_loss"] for result in of] for name, of in results.items()}
+    rows = [
+        f"| {name} | {np.mean(losses[name]):.4f} | {_against(losses, name)} | {of[0]['trainable_params']:,} "
+        f"| {max(result['peak_rss_bytes'] for result in of) / 2**30:.2f} "
+        f"| {np.mean([result['tokens_per_s'] for result in of]):.0f} |"
+        for name, of in results.items()
+    ]
+    table = (
+        "# Methods on GSM8K answers\n\n"
+        f"SmolLM2-135M, NF4 base unless said otherwise, {options.steps} steps of {ROWS} rows, held-out loss in nats a "
+        f"token on {options.eval_rows} test rows, seeds {options.seeds}. Brackets are paired 95% t intervals.\n\n"
+        "| method | held-out loss | against lora | trained weights at the start | peak memory, GiB | tokens/s |\n"
+        "|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"`python scripts/bench_methods.py --data PATH/gsm8k --steps {options.steps}` on " + hardware_line(env)
+    )
+    tree = {"seeds": options.seeds, "steps": options.steps, "results": results, **env}
+    write("methods_gsm8k", tree, table, options.out)
+
+
+def _against(losses: dict[str, list[float]], name: str) -> str:
+    from qlora_kit.eval.intervals import paired_t_interval
+
+    if name == "lora" or "lora" not in losses or len(losses[name]) < 2:
+        return ""
+    found = paired_t_interval(losses[name], losses["lora"])
+    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+if __name__ == "__main__":
+    main()

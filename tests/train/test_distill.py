@@ -1,0 +1,159 @@
+"""Distillation in a run: what it learns, its cache, its resume, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_runs import adapter_sha256, resume_here, tiny_recipe, train_here, unfinish
+
+from qlora_kit.errors import ModelError, RecipeError
+from qlora_kit.model.load import load_base
+from qlora_kit.model.source import find_base
+from qlora_kit.train.distill import hidden_of_loss_tokens
+from qlora_kit.train.loss import token_losses
+from qlora_kit.train.run_folder import RunFolder
+from qlora_kit.train.session import start_session
+
+PLAIN = {"adapter": {"dropout": 0.0}}
+
+
+def distilled(folder: Path, model: Path, name: str = "tiny", **distill: Any) -> RunFolder:
+    folder.mkdir(exist_ok=True)
+    recipe = tiny_recipe(folder, model, run={"name": name}, train={"distill": distill}, **PLAIN)
+    return train_here(recipe)
+
+
+def train_losses(run: RunFolder) -> list[float]:
+    return [record["loss"] for record in run.metrics() if record["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2", "gpt_neox"])
+def test_hidden_states_give_the_same_losses_through_the_head(arch: str) -> None:
+    model = tiny_model(arch)
+    ids = torch.randint(3, 300, (3, 11), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[1, 6:] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    hidden, kept = hidden_of_loss_tokens(model, batch)
+    through_head = torch.nn.functional.cross_entropy(model.get_output_embeddings()(hidden), kept, reduction="none")
+    losses, placed = token_losses(model, batch)
+    torch.testing.assert_close(through_head, losses[placed != -100], rtol=1e-5, atol=1e-5)
+
+
+def test_a_teacher_alone_pulls_the_student_to_itself(tmp_path: Path, model: Path) -> None:
+    teacher = save_tiny_model(tmp_path / "teacher", seed=3)
+    losses = train_losses(distilled(tmp_path, model, teacher=str(teacher), weight=1.0, temperature=1.0))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_first_loss_is_the_distance_of_base_and_quantized_base(tmp_path: Path, model: Path) -> None:
+    run = distilled(tmp_path, model, weight=1.0, temperature=1.0)
+    source = find_base(str(model))
+    with torch.no_grad():
+        session = start_session(run.recipe(), run)
+        rows = [session.batches.next_micro_batch() for _ in range(2)]
+        expected, tokens = 0.0, 0
+        for batch in map(session.collate, rows):
+            carries = batch["labels"][:, 1:] != -100
+            theirs, ours = (
+                load_base(source, quant, compute_dtype=torch.float32)(batch["input_ids"], batch["attention_mask"])
+                .logits[:, :-1][carries]
+                .log_softmax(-1)
+                for quant in ("none", "nf4")
+            )
+            expected += (theirs.exp() * (theirs - ours)).sum().item()
+            tokens += int(carries.sum())
+    assert train_losses(run)[0] == pytest.approx(expected / tokens, rel=1e-4)
+
+
+def test_words_kept_on_disk_train_as_words_said_at_each_step(tmp_path: Path, model: Path) -> None:
+    asked = distilled(tmp_path / "a", model)
+    kept = distilled(tmp_path / "b", model, top_k=320)  # the whole vocabulary, float16
+    assert train_losses(kept) == pytest.approx(train_losses(asked), rel=2e-3)
+    few = distilled(tmp_path / "c", model, top_k=5)
+    with safe_open(few.teacher, framework="pt") as file:
+        assert file.get_slice("log_probs").get_shape() == file.get_slice("ids").get_shape()
+        assert file.get_slice("ids").get_shape()[1] == 5
+        assert json.loads(file.metadata()["settings"])["top_k"] == 5
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 8}], ids=["asked", "kept"])
+def test_a_resume_ends_in_the_same_bytes(tmp_path: Path, model: Path, options: dict[str, Any]) -> None:
+    run = distilled(tmp_path, model, **options)
+    expected = adapter_sha256(run.path)
+    unfinish(run)
+    shutil.rmtree(run.checkpoints / "step-000006")
+    run.update_manifest(checkpoint=4, step=4)
+    run.teacher.unlink(missing_ok=True)  # asked again
+    resume_here(run)
+    assert adapter_sha256(run.path) == expected
+    assert run.teacher.exists() == bool(options)
+
+
+def test_words_that_are_there_are_not_asked_for_again(tmp_path: Path, model: Path) -> None:
+    run = distilled(tmp_path, model, top_k=8)
+    unfinish(run)
+    before = run.teacher.stat().st_mtime_ns
+    resume_here(run)
+    assert run.teacher.stat().st_mtime_ns == before
+
+
+def test_a_trained_head_and_micro_batches_learn_too(tmp_path: Path, model: Path) -> None:
+    recipe = tiny_recipe(
+        tmp_path,
+        model,
+        adapter={"dropout": 0.0, "modules_to_save": ["lm_head"]},
+        train={"distill": {"weight": 0.5}, "grad_accum_steps": 3, "gradient_checkpointing": True},
+    )
+    losses = train_losses(train_here(recipe))
+    assert losses[-1] < losses[0]
+
+
+def test_a_teacher_with_other_tokens_is_refused(tmp_path: Path, model: Path) -> None:
+    teacher = save_tiny_model(tmp_path / "teacher")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(teacher)
+    with pytest.raises(ModelError, match=r"has other tokens than .*321 tokens.*the same 320 tokens"):
+        distilled(tmp_path, model, teacher=str(teacher))
+    assert not (tmp_path / "runs" / "tiny" / "recipe.yaml").exists()
+
+
+def test_a_teacher_that_is_not_there_is_named(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere"):
+        distilled(tmp_path, model, teacher=str(tmp_path / "nowhere"))
+
+
+def test_logits_bent_behind_the_head_are_refused(tmp_path: Path) -> None:
+    bent = save_tiny_model(tmp_path / "gemma2", "gemma2")
+    with pytest.raises(ModelError, match="bends the logits by final_logit_softcapping"):
+        distilled(tmp_path, bent)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"adapter": {"new_tokens": ["<a>"]}}, "train.distill cannot be had with adapter.new_tokens"),
+        ({"data": {"streaming": True}}, "train.distill.top_k needs rows that are read first"),
+        ({"train": {"distill": {"temperature": 0}}}, "train.distill.temperature"),
+        ({"train": {"distill": {"weight": 1.5}}}, "train.distill.weight"),
+        ({"train": {"distill": {"teachr": "x"}}}, "train.distill.teachr: unknown key"),
+    ],
+)
+def test_fields_that_do_not_agree(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    changes = {"train": {"distill": {"top_k": 4}}, **changes}
+    with pytest.raises(RecipeError, match=words):
+        tiny_recipe(tmp_path, tmp_path / "model", **changes)
