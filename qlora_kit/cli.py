@@ -129,6 +129,8 @@ def run_generate(options: argparse.Namespace) -> int:
     if (folder / "genai_config.json").is_file() or (folder / "onnx").is_dir():
         if options.adapter is not None:
             raise QloraKitError(f"{folder} is a bundle: its adapter is merged", fix="Give a run or a base model")
+        if not options.unverified:
+            _refuse_unverified(folder)
         return _generate_from_bundle(options)
     from qlora_kit.generate import generate_command
 
@@ -183,6 +185,21 @@ def last_run(out_dir: str = "runs") -> Path:
     if not manifests:
         raise RunError(f"no run in {out_dir}/", fix="Give a run folder, or train first")
     return manifests[-1].parent
+
+
+def _refuse_unverified(folder: Path) -> None:
+    """As export leaves them at PROFILE.rejected, whatever the folder is called now."""
+    from qlora_runtime import BundleError, read_manifest
+
+    try:
+        verification = read_manifest(folder).verification
+    except (BundleError, OSError):
+        return  # the runtime tells what is wrong
+    if verification is None or not verification.passed:
+        raise QloraKitError(
+            f"{folder} did not pass verification: it may not be the model that was trained",
+            fix="Export another profile, or give --unverified to let it answer all the same",
+        )
 
 
 def _generate_from_bundle(options: argparse.Namespace) -> int:

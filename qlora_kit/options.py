@@ -81,6 +81,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--chat", nargs="?", const="", help="one user turn; without text a conversation")
     parser.add_argument("--system", help="system turn of a chat")
     parser.add_argument("--adapter", metavar="FOLDER", help="use this adapter on the run's base, or on the base model")
+    parser.add_argument("--unverified", action="store_true", help="also a bundle that did not pass verification")
     parser.add_argument("--max-new-tokens", type=_number(int, 1), default=256, help="default 256")
     parser.add_argument(
         "--temperature", type=_number(float, 0), default=0.0, help="0 (default) always takes the likeliest token"

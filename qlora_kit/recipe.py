@@ -180,8 +180,8 @@ class ExportSection(Section):
     """Bundles to write."""
     merged: bool = True
     """Keep the merged model as a Hugging Face folder too."""
-    verify_prompts: Annotated[int, Field(ge=1, le=1000)] = 16
-    """Held-out prompts on which a bundle is compared with the trained model."""
+    verify_prompts: Annotated[int, Field(ge=2, le=1000)] = 16
+    """Rows on which a bundle is compared with the trained model: held out, then of training where those are too few."""
 
 
 class Recipe(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from io import StringIO
@@ -16,14 +17,17 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from qlora_kit.adapters.inject import trainable_parameters
 from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.methods import METHODS
 from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.errors import AdapterError, ModelError
-from qlora_kit.plan import ARCHITECTURES, Plan, find_config, model_shapes, plan, print_plan
-from qlora_kit.plan.memory import optimizer_bytes
+from qlora_kit.plan import ARCHITECTURES, Plan, device_here, find_config, model_shapes, plan, print_plan
+from qlora_kit.plan.memory import Device, optimizer_bytes
+from qlora_kit.plan.show import format_bytes
 from qlora_kit.recipe import BaseSection, Recipe
-from qlora_kit.recipe_file import parse_recipe
+from qlora_kit.recipe_file import load_recipe, parse_recipe
+from qlora_kit.train.adapted_model import add_gradients_in_fp32
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 160,
@@ -156,6 +160,79 @@ def test_adapter_arithmetic_by_hand() -> None:
     in_fp32 = parts(plan(recipe_of(adapter=adapter | {"dtype": "fp32"}), config))
     assert in_fp32["adapter"] == in_fp32["gradients"] == 4 * weights and in_fp32["low bits of bf16 weights"] == 0
     assert parts(plan(recipe_of(adapter=adapter | {"keep_precision": False}), config))["low bits of bf16 weights"] == 0
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "sora", "bottleneck", "bitfit"])
+def test_adapter_and_gradient_bytes_are_those_of_the_tensors(method: str, micro_batches: int) -> None:
+    options = LLAMA | {"attention_bias": True}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **options), dtype=torch.bfloat16)
+    in_base = sum(parameter.numel() for parameter in model.parameters())
+    train = {"max_steps": 1, "grad_accum_steps": micro_batches}
+    recipe = recipe_of(adapter={"method": method}, base={"model": "tiny", "quant": "none"}, train=train)
+    METHODS[method](recipe.adapter).inject(model)
+    trained = trainable_parameters(model)
+    if micro_batches > 1:
+        add_gradients_in_fp32(trained)
+    ids = torch.arange(6)[None]
+    for _ in range(micro_batches):
+        model(ids, labels=ids).loss.backward()
+    found = parts(plan(recipe, options | {"model_type": "llama"}))
+    gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
+    assert len(gradients) == len(trained)
+    assert found["gradients"] == sum(gradient.nbytes for gradient in gradients)
+    of_adapter = [p for name, p in model.named_parameters() if p.requires_grad and method != "bitfit"]
+    assert found["adapter"] == sum(parameter.nbytes for parameter in of_adapter)
+    low = sum(2 * parameter.numel() for parameter in trained.values() if parameter.dtype == torch.bfloat16)
+    assert found["low bits of bf16 weights"] == low
+    assert sum(parameter.numel() for parameter in model.parameters()) - in_base == sum(p.numel() for p in of_adapter)
+
+
+def test_the_readmes_7b_table() -> None:
+    """Mistral 7B's config, as its hub has it."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32768}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    config = {"model_type": "mistral", "tie_word_embeddings": False} | sizes | heads
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    found = plan(load_recipe("mistral-7b-laptop"), config)
+    size = parts(found)
+    for name, total in {
+        "linear layers": size["linear layers"],
+        "embeddings, output head": size["embeddings"] + size["output head"],
+        "adapter, with low bits": size["adapter"] + size["low bits of bf16 weights"],
+        "gradients": size["gradients"],
+        "optimizer states": size["optimizer states"],
+        "stored": found.exact_bytes,
+        "in use": found.rough_bytes,
+        "total": found.total_bytes,
+    }.items():
+        assert re.search(rf"^    {name} +{re.escape(format_bytes(total))}\b", text, re.M), name
+    longest = plan(load_recipe("mistral-7b-laptop", ["data.max_seq_len=4096"]), config)
+    assert f"the same plan says {format_bytes(longest.total_bytes)}," in text
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_layers_own_settings_must_match_a_target(field: str) -> None:
+    config, adapter = LLAMA | {"model_type": "llama"}, {"target_modules": ["q_proj", "v_proj"]}
+    plan(recipe_of(adapter=adapter | {field: {"layers.0.self_attn.q_proj": 4, r".*1.*v_proj": 2}}), config)
+    with pytest.raises(AdapterError, match=rf"{field} matches no layer .*'q_prj'.*Allowed: q_proj, v_proj.*q_proj\?"):
+        plan(recipe_of(adapter=adapter | {field: {"q_prj": 4}}), config)
+    with pytest.raises(AdapterError, match=rf"{field} matches no layer that gets an adapter \(got 'k_proj'\)"):
+        plan(recipe_of(adapter=adapter | {field: {"k_proj": 4}}), config)
+
+
+def test_the_device_of_this_machine() -> None:
+    assert device_here() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "line"), [("cpu", "a CPU, as it has no GPU; --device cuda"), ("cuda", "its GPU; --")]
+)
+def test_the_first_line_tells_a_device_that_was_found(device: Device, line: str) -> None:
+    console = Console(file=StringIO(), width=140)
+    print_plan(plan(recipe_of(), LLAMA | {"model_type": "llama"}, device), console, found_here=True)
+    assert isinstance(console.file, StringIO)
+    assert console.file.getvalue().startswith(f"For this machine: {line}")
 
 
 @pytest.mark.parametrize("name", ["all-linear", r".*\.(q|k)_proj", ["down_proj"], ["model.layers.1.mlp.up_proj"]])

@@ -22,6 +22,7 @@ from qlora_kit.recipe_file import load_recipe, parse_recipe, shipped_recipes
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+OWN_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 
 
@@ -93,6 +94,25 @@ def test_the_section_on_own_data_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert main(["train", "--resume", "runs/first", "--quiet"]) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "demo" / OWN_MODEL).exists(), reason="`make demo-data` fetches the model")
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_section_on_own_data_runs_with_its_own_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Whichever row the seed holds out, four rows are enough for a bundle."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    (tmp_path / "rows.jsonl").write_text(blocks("json")[0], encoding="utf-8")
+    (tmp_path / "my.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
+    run_in_order("Your own data", [f"run.seed={seed}"], monkeypatch)
+    manifest = json.loads((tmp_path / "runs/first/bundles/int8/manifest.json").read_text(encoding="utf-8"))
+    found = manifest["verification"]["distances"]
+    assert (found["rows"], found["training_rows"], found["calibration_rows"]) == (4, 3, 3)
+    assert found["perplexity_over"] == "all tokens" and found["perplexity_tokens"] > 50
+    assert found["greedy_tokens_equal"] == found["greedy_tokens_compared"] >= 4
+
+
 def test_the_quick_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path / "tiny", save_tiny_model(tmp_path / "model"))
@@ -116,6 +136,13 @@ def test_fields_in_the_text_are_fields_of_the_recipe() -> None:
         section, key = field.split(".")
         tree = base | {section: {**base.get(section, {}), key: yaml.safe_load(value)}}
         parse_recipe(tree, f"README.md: {field}")
+
+
+def test_pages_that_are_named_exist() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "qlora_kit").glob("recipes/*.yaml")]
+    for file in [*pages, *(ROOT / "qlora_kit").rglob("*.py")]:
+        for named in re.findall(r"\bdocs/[\w./-]+\.md\b", file.read_text(encoding="utf-8")):
+            assert (ROOT / named).is_file(), f"{file.relative_to(ROOT)} names {named}"
 
 
 def test_links_lead_to_files() -> None:

@@ -127,9 +127,7 @@ def _answer(example: Example) -> str:
     return content
 
 
-def _held_out(
-    section: DataSection, tokenizer: Any, seed: int, report: DataReport
-) -> Iterator[tuple[Encoded, Example]]:
+def _held_out(section: DataSection, tokenizer: Any, seed: int, report: DataReport) -> Iterator[tuple[Encoded, Example]]:
     source = eval_source(section)
     plain = section.model_copy(update={"streaming": False})
     if source is not None:

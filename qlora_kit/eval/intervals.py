@@ -23,6 +23,8 @@ from qlora_kit.errors import EvalError
 
 FloatArray = NDArray[np.float64]
 _MAX_DRAWN = 4_000_000  # indices held at once: 32 MB, whatever the number of rows
+FEWEST_ROWS = 3
+"""Rows from which on a bootstrap interval says anything: one row resampled is itself, two give three values."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.table import Table
 from qlora_kit.atomic import write_atomically
 from qlora_kit.errors import EvalError, RunError
 from qlora_kit.eval.forms import FormResult, PairResult, PerRow
-from qlora_kit.eval.intervals import Interval
+from qlora_kit.eval.intervals import FEWEST_ROWS, Interval
 
 FORMAT = "qlora-eval/1"
 _BLUE = "#2a6fb0"
@@ -73,20 +73,24 @@ def read_results(run_dir: Path) -> EvalResults:
 
 
 def print_table(results: EvalResults, console: Console) -> None:
-    """Prints one line a form, each number with its 95% interval, and below it the paired differences."""
+    """Prints one line a form, each number with its 95% interval, and below it the paired differences.
+
+    Of fewer than 3 rows the interval is `-`.
+    """
+    few = results.rows < FEWEST_ROWS
     checked = any(form.accuracy for form in results.forms.values())
     table = Table(title=f"{results.rows} held-out rows, 95% intervals", title_justify="left")
     table.add_column("form")
     for heading in ["loss (nats/token)", "perplexity", *(["accuracy (%)"] if checked else []), "seconds"]:
         table.add_column(heading, justify="right")
     for name, form in results.forms.items():
-        cells = [name, _cell(form.loss, 3), _cell(form.perplexity, 2)]
+        cells = [name, _cell(form.loss, 3, few=few), _cell(form.perplexity, 2, few=few)]
         if checked:
-            cells.append(_cell(form.accuracy, 1, scale=100) if form.accuracy else "-")
+            cells.append(_cell(form.accuracy, 1, scale=100, few=few) if form.accuracy else "-")
         table.add_row(*cells, f"{form.seconds:.1f}")
     console.print(table)
     if results.pairs:
-        console.print(_pair_table(results.pairs))
+        console.print(_pair_table(results.pairs, few))
 
 
 def plot_results(results: EvalResults, path_png: Path) -> Path:
@@ -132,22 +136,24 @@ def _draw(axes: Any, title: str, scale: float, intervals: dict[str, Interval]) -
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _pair_table(pairs: list[PairResult]) -> Table:
+def _pair_table(pairs: list[PairResult], few: bool) -> Table:
     table = Table(title="Paired differences on the same rows, 95% intervals", title_justify="left")
     for heading, justify in (("pair", "left"), ("metric", "left"), ("difference", "right"), ("other answers", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for pair in pairs:
         scale, digits = (100, 1) if pair.metric == "accuracy" else (1, 3)
         interval = Interval(pair.difference, pair.low, pair.high)
-        mark = "" if interval.excludes_zero else " (may be 0)"
+        mark = "" if interval.excludes_zero and not few else " (may be 0)"
         other = "-" if pair.disagree is None else f"{100 * pair.disagree:.1f}% of rows"
         name = "accuracy (points)" if pair.metric == "accuracy" else pair.metric
-        table.add_row(f"{pair.a} - {pair.b}", name, _cell(interval, digits, scale, sign="+") + mark, other)
+        table.add_row(f"{pair.a} - {pair.b}", name, _cell(interval, digits, scale, "+", few) + mark, other)
     return table
 
 
-def _cell(interval: Interval, digits: int, scale: float = 1, sign: str = "") -> str:
+def _cell(interval: Interval, digits: int, scale: float = 1, sign: str = "", few: bool = False) -> str:
     value, low, high = (scale * number for number in (interval.value, interval.low, interval.high))
+    if few:
+        return f"{value:{sign}.{digits}f} -"
     return f"{value:{sign}.{digits}f} \\[{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 

@@ -65,7 +65,12 @@ def evaluate_run(
             console.print(f"{name} does not fit into this device's memory and is left out", highlight=False)
             continue
         results[name] = score_form(per_row, time.perf_counter() - started, seed=recipe.run.seed)
-    metrics = {"answer": recipe.eval.answer, "choices": choices, "dtype": recipe.eval.dtype, "confidence": 0.95}
+    metrics: dict[str, Any] = {
+        "answer": recipe.eval.answer,
+        "choices": choices,
+        "dtype": recipe.eval.dtype,
+        "confidence": 0.95,
+    }
     metrics["left_out"] = report.left_out()
     found = EvalResults(len(questions), results, _pairs(results), metrics)
     write_results(run.path, found)

@@ -85,7 +85,7 @@ def _require_enough(rows: list[ProofRow]) -> None:
             "too little to prove a bundle on",
             got=f"{len(rows)} rows with {positions} tokens",
             allowed=f"at least {MIN_ROWS} rows with {MIN_POSITIONS} tokens in all",
-            fix="Raise export.verify_prompts in RUN/recipe.yaml, or train with more rows in data.eval or data.train",
+            fix="Put more or longer rows into data.eval",
         )
 
 

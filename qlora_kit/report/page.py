@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from qlora_kit.atomic import write_atomically
+from qlora_kit.eval.intervals import FEWEST_ROWS
 from qlora_kit.report.chart import Chart, Point, Series, smooth
 from qlora_kit.report.records import Record, RunRecords, number, read_run
 
@@ -133,7 +134,7 @@ def _forms(results: Record) -> list[dict[str, Any]]:
     rows = []
     for name, form in _mapping(results.get("forms")).items():
         form = _mapping(form)
-        cells = {key: _interval(form.get(key), *how) for key, how in _CELLS.items()}
+        cells = {key: _interval(form.get(key), *how, few=_few(results)) for key, how in _CELLS.items()}
         rows.append({"name": name, **cells, "rows": form.get("rows"), "seconds": form.get("seconds")})
     return rows
 
@@ -149,7 +150,7 @@ def _pairs(results: Record) -> list[dict[str, Any]]:
             {
                 "name": f"{pair.get('a')} − {pair.get('b')}",
                 "metric": "accuracy (points)" if metric == "accuracy" else metric,
-                "difference": _interval(ends, 100 if metric == "accuracy" else 1, 1 if metric == "accuracy" else 3),
+                "difference": _interval(ends, *((100, 1) if metric == "accuracy" else (1, 3)), few=_few(results)),
                 "disagree": "–" if other is None else f"{100 * other:.1f}",
             }
         )
@@ -159,12 +160,16 @@ def _pairs(results: Record) -> list[dict[str, Any]]:
 _CELLS = {"loss": (1, 3), "perplexity": (1, 2), "accuracy": (100, 1)}
 
 
-def _interval(value: object, scale: float, digits: int) -> str:
+def _few(results: Record) -> bool:
+    return (rows := number(results, "rows")) is not None and rows < FEWEST_ROWS
+
+
+def _interval(value: object, scale: float, digits: int, few: bool) -> str:
     ends = [number(_mapping(value), key) for key in ("value", "low", "high")]
     if any(end is None for end in ends):
         return "–"
     middle, low, high = (f"{scale * end:.{digits}f}" for end in ends if end is not None)
-    return f"{middle} [{low}, {high}]"
+    return f"{middle} –" if few else f"{middle} [{low}, {high}]"
 
 
 def _column(records: list[Record], key: str) -> list[float]:

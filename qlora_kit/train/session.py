@@ -71,7 +71,9 @@ class Session:
         if self.recipe.train.trackers:
             tree = recipe_to_tree(self.recipe)
             flat = {f"{section}.{key}": str(value) for section, part in tree.items() for key, value in part.items()}
-            self.accelerator.init_trackers("qlora-kit", config=flat)
+            folder = self.run.path / "trackers"  # TensorBoard's is make_accelerator's project_dir
+            folder.mkdir(exist_ok=True)
+            self.accelerator.init_trackers("qlora-kit", config=flat, init_kwargs={"wandb": {"dir": str(folder)}})
 
     def losses(self, batch: dict[str, Tensor], rows: list[Encoded]) -> Tensor:
         """The loss of each token of a micro batch that carries loss, fp32; `rows` are what it was collated from."""

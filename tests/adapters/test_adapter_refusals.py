@@ -165,6 +165,17 @@ def test_targets_that_match_nothing_are_explained(wanted, match):
         find_targets(tiny_model("llama"), wanted)
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_settings_of_a_layer_that_is_no_target(field):
+    model = tiny_model("llama")
+    for key, match in (("q_prj", r"did you mean q_proj\?"), ("k_proj", "Allowed: q_proj")):
+        settings = SETTINGS.model_copy(update={field: {"layers.0.self_attn.q_proj": 3, key: 2}})
+        with pytest.raises(AdapterError, match=rf"adapter.{field} matches no layer .*\(got '{key}'\).*{match}"):
+            Lora(settings).inject(model)
+        assert not any(adapted_layers(model))
+    Lora(SETTINGS.model_copy(update={field: {r"layers\.[01]\.self_attn\.q_proj": 2}})).inject(model)
+
+
 @pytest.mark.parametrize(
     "changes,match",
     [

@@ -1,6 +1,6 @@
-"""Wrong recipes, datasets and base models: 61 cases here, through `qlora-kit train`.
+"""Wrong recipes, datasets and base models: 63 cases here, through `qlora-kit train`.
 
-With the 47 in test_bad_runs.py (adapters, checkpoints, bundles, options) 108 go through the command line;
+With the 48 in test_bad_runs.py (adapters, checkpoints, bundles, options) 111 go through the command line;
 tests/recipe, tests/data and tests/adapters hold more at their own level.
 """
 
@@ -25,6 +25,7 @@ RECIPES: dict[str, tuple[str, str]] = {  # the recipe's text (empty: as it shoul
     "misspelt field": ("adapter.rnk=4", "unknown key.*did you mean rank"),
     "misspelt section": ("trian.lr=1e-3", "unknown key.*did you mean train"),
     "wrong type": ("train.lr=fast", r"train\.lr: got 'fast' \(str\); input should be a valid number"),
+    "no finite number": ("train.lr=nan", r"train\.lr: got 'nan' \(str\); numbers must be finite"),
     "out of range": ("adapter.rank=0", r"adapter\.rank: got 0 .*greater than or equal to 1"),
     "not among the choices": ("base.quant=int4", r"base\.quant: got 'int4'.*'nf4', 'fp4', 'int8' or 'none'"),
     "steps and epochs": ("train.epochs=2", "exactly one of max_steps and epochs"),
@@ -36,6 +37,7 @@ RECIPES: dict[str, tuple[str, str]] = {  # the recipe's text (empty: as it shoul
     "streaming without steps": ("data.streaming=true data.eval=null", "a stream has no known length"),
     "a place that is a file": ("run.out_dir={folder}/train.jsonl", "cannot be written|Not a directory"),
     "no such layer": ("adapter.target_modules=[q_prj]", r"that can be adapted .*q_prj.*did you mean q_proj"),
+    "a rank for no layer": ("adapter.rank_pattern.q_prj=4", r"rank_pattern matches no layer .*did you mean q_proj"),
     "no layer at all": ("adapter.target_modules=conv.*", "matches no layer.*Allowed: .*q_proj"),
     "broken expression": ("adapter.target_modules=(q", "not a regular expression"),
     "no such module": ("adapter.modules_to_save=[heads]", "modules_to_save matches no module.*lm_head"),
@@ -183,4 +185,4 @@ def test_a_corrected_recipe_trains_where_the_wrong_one_failed(recipe: Path, caps
 
 
 def test_this_table_is_as_long_as_it_says() -> None:
-    assert len(RECIPES) + len(DATA) + len(MODELS) + 4 == 61
+    assert len(RECIPES) + len(DATA) + len(MODELS) + 4 == 63

@@ -14,6 +14,8 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny_run import changed_copy, label_rows, write_rows
 
+from qlora_kit.cli import main
+
 WEIGHTS = "adapter_model.safetensors"
 A_LAYER = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
 Damage = Callable[[Path], Any]
@@ -42,8 +44,11 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {  # what is done to RUN/adapter, and 
     ),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), rf"{WEIGHTS} is missing"),
     "torn weights": (lambda f: cut(f / WEIGHTS), rf"{WEIGHTS} is damaged.*again"),
-    "another method": (lambda f: change_json(f / "adapter_config.json", peft_type="IA3"), "got 'IA3'.*Allowed: LORA"),
-    "what is not supported": (lambda f: change_json(f / "adapter_config.json", use_dora=True), "use_dora is not supp"),
+    "another method": (lambda f: change_json(f / "adapter_config.json", peft_type="IA3"), "got 'IA3'.*Allowed: .*LORA"),
+    "what is not supported": (
+        lambda f: change_json(f / "adapter_config.json", use_qalora=True),
+        "use_qalora is not supported",
+    ),
     "a tensor short": (lambda f: change_tensor(f, lambda _: None), r"(up_proj|lora_A).* is (missing|not part)"),
     "another shape": (lambda f: change_tensor(f, lambda t: t[:, :-1]), r"shape of .*up_proj\.lora_A"),
     "not finite": (lambda f: change_tensor(f, lambda t: t * float("nan")), r"up_proj\.lora_A.* holds NaN or Inf"),
@@ -90,6 +95,11 @@ def test_checkpoints(trained_run: Path, tmp_path: Path, kind: str, capsys: pytes
     refused(["train", "--resume", str(run), *overrides], message, tmp_path, capsys)
 
 
+def reject(bundle: Path) -> None:
+    tree = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    change_json(bundle / "manifest.json", verification=tree["verification"] | {"passed": False})
+
+
 BUNDLES: dict[str, tuple[Damage, str]] = {  # what is done to a bundle, and what generate says
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"MissingFileError: .*manifest\.json"),
     "torn manifest": (lambda f: cut(f / "manifest.json"), r"FormatError: .*manifest\.json"),
@@ -99,6 +109,7 @@ BUNDLES: dict[str, tuple[Damage, str]] = {  # what is done to a bundle, and what
     "changed template": (lambda f: (f / "chat_template.jinja").write_text("x"), "HashMismatchError: chat_template"),
     "a file too many": (lambda f: (f / "extra.bin").write_text("x"), r"UnexpectedFileError: extra\.bin"),
     "no configuration": (lambda f: (f / "genai_config.json").unlink(), r"MissingFileError: genai_config\.json"),
+    "rejected": (reject, "did not pass verification.*Export another profile, or give --unverified"),
 }
 
 
@@ -109,6 +120,16 @@ def test_bundles(exported_run: Path, tmp_path: Path, kind: str, capsys: pytest.C
     shutil.copytree(exported_run / "bundles" / "fp32", bundle)
     damage(bundle)
     refused(["generate", str(bundle), "--chat", "a"], message, tmp_path, capsys)
+
+
+def test_a_rejected_bundle_answers_where_that_is_asked(
+    exported_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "fp32.rejected"
+    shutil.copytree(exported_run / "bundles" / "fp32", bundle)
+    reject(bundle)
+    assert main(["generate", str(bundle), "--chat", "a", "--unverified", "--max-new-tokens", "2"]) == 0
+    assert "did not pass verification" in capsys.readouterr().err
 
 
 LONG = "word " * 200
@@ -151,4 +172,4 @@ def test_options(
 
 
 def test_these_tables_are_as_long_as_they_say() -> None:
-    assert len(ADAPTERS) + len(CHECKPOINTS) + len(BUNDLES) + len(OPTIONS) == 47
+    assert len(ADAPTERS) + len(CHECKPOINTS) + len(BUNDLES) + len(OPTIONS) == 48

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import changed_copy, write_recipe
 
 from qlora_kit.cli import VERBS, last_run, main
@@ -60,6 +61,16 @@ def test_plan(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(["plan", recipe, "--json", f"adapter.rank={rank}"]) == 0
         peaks.append(json.dumps(json.loads(capsys.readouterr().out)))
     assert peaks[0] != peaks[1]
+
+
+def test_plan_is_for_this_machine(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(write_recipe(tmp_path, tiny_llama))
+    assert main(["plan", recipe]) == 0
+    assert capsys.readouterr().out.startswith("For this machine: ")
+    assert main(["plan", recipe, "--device", "cuda"]) == 0
+    assert not capsys.readouterr().out.startswith("For this machine: ")
+    assert main(["plan", recipe, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_data_show_is_what_trains(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +150,15 @@ def test_a_conversation_remembers(say, place: str, monkeypatch: pytest.MonkeyPat
     both = say(place, "--chat")
     first = say(place, "--chat", "a film").strip()
     assert first in both and len(both) > len(first)
+
+
+def test_off_a_terminal_no_bar_and_no_warning_of_a_library(trained_run: Path, tmp_path: Path) -> None:
+    run = changed_copy(trained_run, tmp_path / "run")
+    command = [sys.executable, "-m", "qlora_kit.cli", "export", str(run)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "verified on 4 rows" in told.stderr and told.stdout == ""
+    for noise in ("Writing model shards", "%|", "Warning"):
+        assert noise not in told.stderr
 
 
 def test_a_reader_that_leaves_is_no_error(tiny_llama: Path, tmp_path: Path) -> None:

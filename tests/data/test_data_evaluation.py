@@ -15,6 +15,7 @@ from qlora_kit.data.collate import collate
 from qlora_kit.data.dataset import prepare
 from qlora_kit.data.eval_rows import completions_in, encode_choice, eval_rows
 from qlora_kit.data.masking import IGNORED, Encoded
+from qlora_kit.data.report import DataReport
 from qlora_kit.data.show import histogram, show
 from qlora_kit.data.template import resolve_template
 from qlora_kit.errors import DataError
@@ -78,6 +79,17 @@ def test_a_sample_is_seeded_and_nested(chatml: Any, section: Any, jsonl: Any) ->
     few, more, other = ([row.row for row in eval_rows(fields, chatml, *args)] for args in ((1, 5), (1, 15), (2, 5)))
     assert len(few) == 5 and set(few) < set(more) and few != other and few == sorted(few)
     assert few != [1, 2, 3, 4, 5]
+
+
+def test_rows_left_out_are_counted(chatml: Any, section: Any, jsonl: Any) -> None:
+    long = {"prompt": "long " * 99, "completion": "good"}
+    own = section(train=jsonl([long]), eval=jsonl([*REVIEWS, long], "eval.jsonl"), max_seq_len=64)
+    report = DataReport([])
+    assert len(eval_rows(own, chatml, 1, report=report)) == len(REVIEWS)
+    assert report.left_out() == {own.eval: {"overlong": 1}}
+    split, report = section(train=jsonl([*REVIEWS, long, long], "both.jsonl"), max_seq_len=64), DataReport([])
+    eval_rows(split, chatml, 1, report=report)
+    assert report.left_out() == {split.sources()[0].path: {"overlong": 2}}
 
 
 def test_choices_of_the_training_rows(section: Any, jsonl: Any) -> None:

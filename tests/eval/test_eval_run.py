@@ -112,6 +112,29 @@ def test_at_most_so_many_rows(evaluated: Any) -> None:
     assert evaluated(["merged"], eval={"max_rows": 5}).forms["merged"].per_row == by_option.forms["merged"].per_row
 
 
+def test_a_sample_is_the_same_whatever_is_asked(evaluated: Any) -> None:
+    asked = evaluated(["merged"], 5).forms["merged"].per_row
+    plain = evaluated(["merged"], 5, eval={"answer": "none", "choices": []}).forms["merged"].per_row
+    assert plain.loss == pytest.approx(asked.loss, rel=1e-5) and plain.loss_tokens == asked.loss_tokens
+    every = evaluated(["merged"]).forms["merged"].per_row
+    assert asked.loss != pytest.approx(every.loss[:5], rel=1e-5), "the first rows are no sample"
+
+
+@pytest.mark.parametrize("answer", ["choices", "none"])
+@pytest.mark.parametrize("own_file", [True, False])
+def test_rows_left_out_are_told_and_stored(
+    exported_run: Path, tmp_path: Path, answer: str, own_file: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"prompt": "long " * 200, "completion": "good"}
+    rows = str(write_rows(tmp_path / "rows.jsonl", [*label_rows(12), long, long]))
+    data = {"eval": rows} if own_file else {"train": rows, "eval": None, "eval_fraction": 0.3}
+    checked = {"answer": answer, "choices": ["good", "bad"] if answer == "choices" else []}
+    run = changed_copy(exported_run, tmp_path / "run", data=data, eval=checked)
+    found = evaluate_run(RunFolder(run), Console(width=500), ["merged"])
+    assert f"{rows}: 2 rows left out (overlong)" in capsys.readouterr().out
+    assert found.metrics["left_out"] == read_results(run).metrics["left_out"] == {rows: {"overlong": 2}}
+
+
 def test_the_compute_dtype_is_scored_where_asked(evaluated: Any) -> None:
     exact, rounded = evaluated(["tuned"]), evaluated(["tuned"], eval={"dtype": "compute"})
     assert rounded.forms["tuned"].per_row.loss != exact.forms["tuned"].per_row.loss

@@ -15,8 +15,8 @@ from qlora_kit.eval.intervals import (
     bootstrap_difference_of_means,
     bootstrap_difference_of_ratios,
     bootstrap_mean,
-    bootstrap_perplexity,
     bootstrap_ratio,
+    exponentiate,
     paired_t_interval,
     t_interval,
 )
@@ -55,8 +55,8 @@ def test_ratio_weighs_tokens_not_rows() -> None:
 
 
 def test_perplexity_is_the_exponential_of_the_loss() -> None:
-    loss, tokens = [2.0, 9.0, 4.0, 1.0], [2, 5, 3, 4]
-    ratio, perplexity = bootstrap_ratio(loss, tokens, seed=2), bootstrap_perplexity(loss, tokens, seed=2)
+    ratio = bootstrap_ratio([2.0, 9.0, 4.0, 1.0], [2, 5, 3, 4], seed=2)
+    perplexity = exponentiate(ratio)
     for name in ("value", "low", "high"):
         assert getattr(perplexity, name) == pytest.approx(math.exp(getattr(ratio, name)))
 
@@ -101,7 +101,7 @@ def test_paired_t_interval_is_that_of_the_differences() -> None:
         (lambda: bootstrap_mean([1.0], resamples=0), "at least one resample"),
         (lambda: bootstrap_ratio([1.0, 2.0], [1]), r"different rows \(got \(2, 1\)\)"),
         (lambda: bootstrap_ratio([1.0, 2.0], [1, 0]), "row 1 must have tokens"),
-        (lambda: bootstrap_perplexity([800.0], [1]), "too large"),
+        (lambda: exponentiate(bootstrap_ratio([800.0], [1])), "too large"),
         (lambda: bootstrap_difference_of_means([1, 0], [1]), "different rows"),
         (lambda: bootstrap_difference_of_ratios(([1.0], [1]), ([1.0, 2.0], [1, 1])), "different rows"),
         (lambda: t_interval([1.0]), "at least two seeds"),

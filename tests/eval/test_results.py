@@ -96,6 +96,17 @@ def test_table_shows_every_form_with_intervals(results: EvalResults) -> None:
     assert "tuned - base" in text and "accuracy (points)" in text and "% of rows" in text
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_so_few_rows_have_no_interval(count: int) -> None:
+    forms = {name: score_form(rows_of(0.1 * k, 0.5, count), 1.0) for k, name in enumerate(("base", "tuned"))}
+    text = printed(EvalResults(count, forms, [compare_forms(forms, "tuned", "base", "perplexity")]))
+    perplexity = forms["tuned"].perplexity
+    if count == 3:
+        assert f"{perplexity.value:.2f} [{perplexity.low:.2f}, " in text
+        return
+    assert f"{perplexity.value:.2f} - " in text and "[" not in text and "(may be 0)" in text
+
+
 def test_plot_is_a_png(results: EvalResults, tmp_path: Path) -> None:
     path = plot_results(results, tmp_path / "eval.png")
     assert path.read_bytes().startswith(b"\x89PNG")

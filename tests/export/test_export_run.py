@@ -14,7 +14,7 @@ from qlora_runtime import Bundle, Sampling, sha256_file, verify_directory
 from qlora_runtime.generate import generate
 from rich.console import Console
 from tiny_models import save_tiny_model
-from tiny_run import changed_copy, train, write_recipe
+from tiny_run import changed_copy, label_rows, train, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.cli import main
@@ -110,6 +110,30 @@ def test_manifest_holds_every_hash_and_distance(exported_run: Path) -> None:
     assert abs(distances["perplexity_ratio"] - 1) < 1e-4 and distances["mean_kl"] < 1e-6
     assert {"onnxruntime", "onnxruntime-genai", "torch"} <= set(manifest["tools"])
     assert verify_directory(folder).passed
+
+
+def test_few_held_out_rows_are_filled_up_from_training(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = changed_copy(trained_run, tmp_path / "run", export={"verify_prompts": 30, "merged": False})
+    assert main(["export", str(run), "--profiles", "fp32"]) == 0
+    manifest = json.loads((run / "bundles" / "fp32" / "manifest.json").read_text(encoding="utf-8"))
+    distances = manifest["verification"]["distances"]
+    assert (distances["rows"], distances["training_rows"]) == (30, 18) and distances["perplexity_over"] == "completions"
+    assert distances["warnings"] == []
+    said = " ".join(capsys.readouterr().err.split())
+    assert "verified on 30 rows (18 of them from training):" in said
+
+
+def test_too_few_rows_prove_nothing(trained_run: Path, tmp_path: Path) -> None:
+    held_out = write_rows(tmp_path / "one.jsonl", label_rows(1))
+    data = {"eval": str(held_out), "streaming": True}
+    run = RunFolder(changed_copy(trained_run, tmp_path / "run", data=data))
+    with pytest.raises(
+        ExportError, match=r"too little to prove a bundle on \(got '1 rows.*Put more or longer rows into data.eval"
+    ):
+        export_run(run, QUIET)
+    assert not run.merged.exists()
 
 
 def test_no_path_of_this_machine_is_shipped(exported_run: Path) -> None:

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from qlora_runtime import Bundle, Tolerance, read_manifest
+from qlora_runtime.verify import NO_GREEDY_TOKEN
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model, tiny_ids
 from transformers import AutoModelForCausalLM
@@ -68,7 +70,7 @@ def test_windows_of_layers() -> None:
 def test_int8_is_near_and_fp32_is_nearer(tmp_path: Path) -> None:
     merged = save_tiny_model(tmp_path / "merged")
     fp32 = build(merged, tmp_path / "fp32")
-    int8 = build(merged, tmp_path / "int8", "int8", reference=LOOSE, max_perplexity_ratio=2.0)
+    int8 = build(merged, tmp_path / "int8", "int8", reference=LOOSE, max_ratio_all_tokens=2.0)
     assert fp32.mean_kl < 1e-9 < int8.mean_kl < 0.05
     assert int8.top1_agreement > 0.85 and abs(int8.perplexity_ratio - 1) < 0.1
     assert read_manifest(tmp_path / "int8").profile == "int8"
@@ -96,7 +98,7 @@ def test_each_limit_is_held(exported_run: Path) -> None:
     for row in changed:
         row.logits[1:, 7] += 50.0  # every top token
     reasons = " ".join(measure(bundle, changed, fp32)[1])
-    for words in ("a logit differs by", "top-1 agreement is", "perplexity is"):
+    for words in ("a logit differs by", "top-1 agreement is", "perplexity of completions is"):
         assert words in reasons
     strict = replace(fp32, max_perplexity_ratio=1.0 - 1e-9)
     assert (
@@ -106,6 +108,45 @@ def test_each_limit_is_held(exported_run: Path) -> None:
     )
     other = [replace(row, greedy_ids=[5] * 8, margins=[9.0] * 8) for row in rows]
     assert "greedy token 0 is" in measure(bundle, other, fp32)[1][0]
+
+
+def test_a_rounded_bundle_is_refused_only_beyond_doubt(exported_run: Path) -> None:
+    bundle = Bundle.open(exported_run / "bundles" / "fp32")
+    rows = reference_rows(exported_run / "merged")
+    assert {"completions", "all tokens"} == {
+        measure(bundle, rows, PROFILES[name])[0].perplexity_over for name in ("fp32", "int8")
+    }
+    int8 = replace(PROFILES["int8"], reference=LOOSE)
+    settled, reasons = measure(bundle, rows, int8)
+    assert reasons == [] and settled.warnings == [NO_GREEDY_TOKEN], "LOOSE compares none"
+    noise = np.random.default_rng(0)
+    noisy = [replace(row, logits=row.logits + noise.normal(0, 1, row.logits.shape)) for row in rows]
+    tight = replace(int8, max_ratio_all_tokens=1.0001)
+    open_, reasons = measure(bundle, noisy[:1], replace(tight, max_ratio_all_tokens=1.05))
+    assert reasons == [] and "is not resolved by 9 tokens" in open_.warnings[0]
+    assert open_.perplexity_ratio_low < open_.perplexity_ratio < open_.perplexity_ratio_high
+    far, reasons = measure(bundle, [replace(row, logits=5 * row.logits) for row in rows], tight)
+    assert far.perplexity_tokens > 100 and "perplexity of all tokens is" in reasons[0] and "between" in reasons[0]
+
+
+def test_a_shared_opening_counts_once(exported_run: Path) -> None:
+    bundle, row = Bundle.open(exported_run / "bundles" / "fp32"), reference_rows(exported_run / "merged")[1]
+    twice = measure(bundle, [row, row], PROFILES["int8"])[0]
+    assert twice.rows == 2 and twice.perplexity_tokens == len(row.input_ids) - 1
+
+
+def test_where_rows_come_from_is_counted_and_said(exported_run: Path) -> None:
+    bundle = Bundle.open(exported_run / "bundles" / "fp32")
+    rows = reference_rows(exported_run / "merged")
+    rows = [replace(rows[0], origin="calibration"), replace(rows[1], origin="training"), rows[2]]
+    fp32, int8 = (measure(bundle, rows, replace(PROFILES[name], reference=LOOSE))[0] for name in ("fp32", "int8"))
+    assert (fp32.training_rows, fp32.calibration_rows) == (2, 0) and (int8.training_rows, int8.calibration_rows) == (
+        2,
+        1,
+    )
+    assert fp32.rows_in_words() == "3 rows (2 of them from training)"
+    assert int8.rows_in_words() == "3 rows (2 of them from training, 1 of these calibrated on)"
+    assert int8.greedy_in_words() == NO_GREEDY_TOKEN
 
 
 def test_a_nan_past_the_prompt_is_caught(exported_run: Path) -> None:

@@ -85,6 +85,10 @@ WRONG = [
     ("train.lr", "2e-4", r"got '2e-4' \(str\).*valid number"),
     ("train.lr", 0, "greater than 0"),
     ("train.lr", float("nan"), "finite number|greater than 0"),
+    ("train.lr", "nan", r"got 'nan' \(str\); numbers must be finite"),
+    ("train.lr", "-Inf", "numbers must be finite"),
+    ("train.max_steps", "inf", "numbers must be finite"),
+    ("adapter.alpha", "infinity", "numbers must be finite"),
     ("train.betas", [0.9], "at least 2 items"),
     ("train.betas", [0.9, 1.0], "less than 1"),
     ("train.schedule", "cos", "'constant', 'linear' or 'cosine'"),
@@ -100,6 +104,7 @@ WRONG = [
     ("eval.dtype", "bf16", "'fp32' or 'compute'"),
     ("export.profiles", [], "at least 1 item"),
     ("export.profiles", ["fp16"], "'fp32'.*'int8'"),
+    ("export.verify_prompts", 1, "greater than or equal to 2"),
     ("export.verify_prompts", 1001, "less than or equal to 1000"),
 ]
 
@@ -135,7 +140,10 @@ def test_a_wrong_value_is_named(field: str, value: Any, words: str) -> None:
         ([("train.max_steps", None)], "exactly one of max_steps and epochs"),
         ([("train.epochs", 1)], "exactly one of max_steps and epochs"),
         ([("data.streaming", True)], r"data\.streaming needs train\.max_steps and data\.eval"),
-        ([("train.warmup_steps", 11)], "warmup_steps 11 is more than max_steps 10"),
+        (
+            [("train.warmup_steps", 11)],
+            r"warmup_steps 11 is more than max_steps 10: set train\.warmup_steps to 10 at most",
+        ),
         ([("train.early_stopping_patience", 2)], r"needs train\.eval_every"),
         ([("eval.choices", ["a", "b"])], r"eval\.choices needs eval\.answer: choices"),
         ([("eval.answer", "choices"), ("eval.choices", ["a", "a"])], "at least two, each once"),

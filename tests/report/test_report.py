@@ -83,8 +83,7 @@ def run_dir(tmp_path: Path) -> Path:
     (folder / "samples.json").write_text(json.dumps([{"prompt": "Is it good?", "expected": "yes", "answer": "no"}]))
     (folder / "eval" / "results.json").write_text(json.dumps(RESULTS))
     lines = [train_line(step, loss=2 / step) for step in range(1, 61)] + [eval_line(30, 0.8), eval_line(60, 0.5)]
-    event = json.dumps({"kind": "event", "step": 30, "event": "resume", "detail": "from step 30"})
-    (folder / "metrics.jsonl").write_text("\n".join([*lines, event]) + "\n")
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -139,11 +138,17 @@ def test_everything_is_on_the_page(run_dir: Path) -> None:
         *("Loss", "loss (nats per token)", "train, smoothed", "eval", "optimizer step", "learning rate"),
         *("gradient norm, before clipping", "memory (GiB)", "tokens per second", "resumed after step 30"),
         *("1.500 [1.400, 1.600]", "87.5 [80.0, 95.0]", "tuned − base", "25.0 [10.0, 40.0]", "30.0"),
-        *("Is it good?", "torch AdamW takes its place", "from step 30", "1,200", "overlong", "Some CPU", "2.13.0"),
+        *("Is it good?", "torch AdamW takes its place", "1,200", "overlong", "Some CPU", "2.13.0"),
         *("run: name: reviews", "ab12"),
     ):
         assert words in text, words
     assert page.tags.count("svg") == 5
+
+
+def test_so_few_rows_have_no_interval(run_dir: Path) -> None:
+    (run_dir / "eval" / "results.json").write_text(json.dumps(RESULTS | {"rows": 2}))
+    text = page_of(run_dir).text
+    assert all(words in text for words in ("1.500 –", "87.5 –", "25.0 –")) and "[1.400" not in text
 
 
 def test_nothing_is_loaded_from_anywhere(run_dir: Path) -> None:
@@ -172,11 +177,10 @@ def test_text_of_the_run_is_escaped(run_dir: Path) -> None:
     (run_dir / "manifest.json").write_text(json.dumps(MANIFEST | hostile))
     results = {"forms": {HOSTILE: {"rows": HOSTILE}}, "pairs": [{"a": HOSTILE, "b": HOSTILE, "metric": HOSTILE}]}
     (run_dir / "eval" / "results.json").write_text(json.dumps(results))
-    event = json.dumps({"kind": "event", "step": 1, "event": HOSTILE, "detail": HOSTILE})
-    (run_dir / "metrics.jsonl").write_text("\n".join([train_line(1), event]))
+    (run_dir / "metrics.jsonl").write_text(train_line(1))
     page = page_of(run_dir)
     assert "script" not in page.tags and "img" not in page.tags
-    assert page.text.count(HOSTILE) >= 14
+    assert page.text.count(HOSTILE) >= 12
 
 
 def test_a_torn_last_line_is_told_and_the_rest_shown(run_dir: Path) -> None:

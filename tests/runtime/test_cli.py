@@ -56,6 +56,16 @@ def test_verify_passing_is_exit_code_0(capsys, pristine_bundle):
     assert "greedy tokens equal       36 of 36" in out
 
 
+def test_verify_says_where_no_greedy_token_was_compared(capsys, bundle_dir):
+    reference = json.loads((bundle_dir / "reference.json").read_text())
+    reference["tolerance"]["greedy_margin"] = 1e6
+    (bundle_dir / "reference.json").write_text(json.dumps(reference))
+    write_tiny_manifest(bundle_dir)
+    code, out, _ = run(capsys, "verify", bundle_dir)
+    assert code == 0 and "no greedy token was decided clearly enough to compare\nPASSED" in out
+    assert "0 of 0" not in out
+
+
 def test_verify_failing_is_exit_code_1(capsys, bundle_dir):
     edit_json(
         bundle_dir / "reference.json",

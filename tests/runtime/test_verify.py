@@ -12,7 +12,7 @@ from qlora_runtime import (
     verify_directory,
     write_reference,
 )
-from qlora_runtime.errors import ForeignFileError, FormatError, MissingFileError
+from qlora_runtime.errors import ArgumentError, ForeignFileError, FormatError, MissingFileError, PromptTooLongError
 from qlora_runtime.verify import compare, verify
 
 from .test_manifest import flip_a_byte
@@ -74,15 +74,46 @@ def test_another_greedy_token_fails_unless_it_was_won_narrowly(bundle, reference
     prompt = reference.prompts[1]
     greedy = list(prompt.greedy_ids)
     greedy[4] = (greedy[4] + 1) % VOCAB_SIZE
-    report = compare(bundle, changed(reference, 1, greedy_ids=greedy))
+    other = changed(reference, 1, greedy_ids=greedy)  # its prompt 1 goes on after a token of its own
+    report = compare(bundle, with_tolerance(changed(other, 1, margins=[*prompt.margins[:5], *[0.0] * 7])))
     assert len(report.reasons) == 1
     assert report.reasons[0].startswith(f"prompt 1: greedy token 4 is {prompt.greedy_ids[4]}, the trained model's is")
-    assert report.greedy_tokens_equal == report.greedy_tokens_compared - 8
+    assert report.reasons[0].endswith("4 of 5 are the same.")
+    assert report.greedy_tokens_equal == report.greedy_tokens_compared - 1 == 12 + 4 + 12
 
     margins = [*prompt.margins[:4], 1e-6, *prompt.margins[5:]]
     narrow = compare(bundle, changed(reference, 1, greedy_ids=greedy, margins=margins))
     assert narrow.passed
     assert narrow.greedy_tokens_compared == 12 + 4 + 12
+
+
+def test_every_decided_greedy_token_is_compared_not_only_those_before_a_narrow_one(bundle, reference):
+    margins = [1e-6, *reference.prompts[0].margins[1:]]
+    older = changed(reference, 0, margins=margins)
+    assert compare(bundle, older).greedy_tokens_compared == 0 + 12 + 12, "as bundles without the field say"
+    newer = with_tolerance(older, every_greedy_token=True)
+    report = compare(bundle, newer)
+    assert report.passed and report.greedy_tokens_equal == report.greedy_tokens_compared == 11 + 12 + 12
+    two = list(reference.prompts[1].margins)
+    two[3] = two[7] = 0.0
+    assert compare(bundle, changed(newer, 1, margins=two)).greedy_tokens_equal == 11 + 10 + 12
+
+
+def test_a_reference_says_how_greedy_tokens_are_compared(reference, tmp_path):
+    for every in (True, False):
+        chosen = with_tolerance(reference, every_greedy_token=every)
+        write_reference(tmp_path, chosen)
+        assert read_reference(tmp_path) == chosen
+        assert ("every_greedy_token" in (tmp_path / "reference.json").read_text()) == every
+
+
+def test_the_best_tokens_along_the_own_answer_are_the_answer(bundle, reference):
+    prompt = reference.prompts[0]
+    assert [*bundle.best_tokens(prompt.input_ids, prompt.greedy_ids)] == prompt.greedy_ids
+    with pytest.raises(PromptTooLongError, match=r"prompt and answer have .* context holds 96. Shorten"):
+        bundle.best_tokens(prompt.input_ids, [5] * 96)
+    with pytest.raises(ArgumentError):
+        bundle.best_tokens(prompt.input_ids, [])
 
 
 def test_logits_that_are_nan_fail(bundle, reference, monkeypatch):
@@ -129,6 +160,7 @@ def test_a_reference_reads_back_as_it_was_written(reference, tmp_path):
         (lambda r: r["prompts"][0]["top_k"]["ids"].pop(), "lengths disagree"),
         (lambda r: r["prompts"][0]["top_k"]["logits"][0].pop(), "lengths disagree"),
         (lambda r: r["tolerance"].update(max_logit=-1), "max_logit is -1, expected a number of at least 0"),
+        (lambda r: r["tolerance"].update(every_greedy_token=1), "every_greedy_token is 1, expected true or false"),
         (lambda r: r["tolerance"].pop("min_top1"), "lacks the field 'min_top1'"),
         (lambda r: r["prompts"][0].update(note="x"), "unknown fields"),
     ],
