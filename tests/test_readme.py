@@ -141,7 +141,7 @@ def test_fields_in_the_text_are_fields_of_the_recipe() -> None:
 def test_pages_that_are_named_exist() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "qlora_kit").glob("recipes/*.yaml")]
     for file in [*pages, *(ROOT / "qlora_kit").rglob("*.py")]:
-        for named in re.findall(r"\bdocs/[\w./-]+\.md\b", file.read_text(encoding="utf-8")):
+        for named in re.findall(r"(?<![\w/])docs/[\w./-]+\.md\b", file.read_text(encoding="utf-8")):
             assert (ROOT / named).is_file(), f"{file.relative_to(ROOT)} names {named}"
 
 

@@ -12,7 +12,7 @@ from qlora_kit.adapters.layer import LinearLayer
 from qlora_kit.adapters.lora import LoraLinear, LowRank
 from qlora_kit.adapters.peft_config import read_low_rank_config
 from qlora_kit.adapters.settings import DoraSettings, LowRankSettings
-from qlora_kit.kernels.dora_linear import dora_linear, dora_linear_reference
+from qlora_kit.kernels.dora_linear import SMALLEST_NORM, dora_linear, dora_linear_reference
 
 
 class DoraLinear(LoraLinear):
@@ -40,7 +40,7 @@ class DoraLinear(LoraLinear):
         """(m / ‖W + s B A‖ ⊙ (W + s B A), what that adds to W), float32 [out, in]."""
         weight = self.expand(torch.float32)
         whole = weight + self.delta()
-        whole *= (self.lora_magnitude.detach().float() / whole.norm(dim=1))[:, None]
+        whole *= (self.lora_magnitude.detach().float() / whole.norm(dim=1).clamp_min(SMALLEST_NORM))[:, None]
         return whole, whole - weight
 
 

@@ -70,8 +70,8 @@ def evaluate_run(
         "choices": choices,
         "dtype": recipe.eval.dtype,
         "confidence": 0.95,
+        "left_out": report.left_out(),
     }
-    metrics["left_out"] = report.left_out()
     found = EvalResults(len(questions), results, _pairs(results), metrics)
     write_results(run.path, found)
     plot_results(found, run.path / "eval" / "results.png")

@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from qlora_kit.kernels.frozen_linear import ExpandWeight, autocast_input
 
+SMALLEST_NORM = 2.0**-60  # of a row that is all zero, as of a padding token
+
 
 def dora_linear_reference(
     x: Tensor,
@@ -31,7 +33,7 @@ def dora_linear_reference(
     x = autocast_input(x)
     weight = expand(x.dtype)
     whole = weight.float() + scaling * (b.detach().float() @ a.detach().float())
-    factor = (magnitude / whole.norm(dim=1)).to(x.dtype)  # [out]
+    factor = (magnitude / whole.norm(dim=1).clamp_min(SMALLEST_NORM)).to(x.dtype)  # [out]
     low = F.linear(F.linear(F.dropout(x, dropout), a.to(x.dtype)), b.to(x.dtype))
     y = factor * (F.linear(x, weight) + scaling * low)
     return y if bias is None else y + bias.to(x.dtype)
@@ -67,7 +69,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, row_squares: Tensor, scaling
     across = (weight @ a.to(weight.dtype).T).float()  # [out, rank]
     a32, b32 = a.float(), b.float()
     squares = row_squares + (b32 * (2 * scaling * across + scaling**2 * (b32 @ (a32 @ a32.T)))).sum(1)
-    return squares.clamp_min_(torch.finfo(torch.float32).tiny).sqrt_()
+    return squares.clamp_min_(SMALLEST_NORM**2).sqrt_()
 
 
 class _DoraLinear(torch.autograd.Function):

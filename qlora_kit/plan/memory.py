@@ -8,24 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from qlora_kit.adapters.settings import AdapterSettings, LoraSettings
 from qlora_kit.errors import AdapterError
 from qlora_kit.plan.shapes import Linear, ModelShapes, model_shapes
+from qlora_kit.plan.stored import BYTES, Device, optimizer_bytes, stored_bytes
 from qlora_kit.plan.trained import find_targets, parameters_saved, trained_biases
 from qlora_kit.recipe import BaseSection, Recipe, TrainSection
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-Device = Literal["cuda", "cpu"]
 Tensor = tuple[int, str]
 """Size and dtype of a trained tensor."""
-
-# bitsandbytes 0.50: blocks of 64 weights; with double quantization blocks of 256 statistics.
-_BLOCK, _NESTED_BLOCK = 64, 256
-_CODE_4BIT, _CODE_8BIT, _OFFSET = 16 * 4, 256 * 4, 4
-# bitsandbytes' 8-bit optimizers: blocks of 256, two code books a tensor, fp32 states below 4096 weights.
-_OPTIMIZER_BLOCK, _MIN_8BIT = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -121,28 +114,10 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Pla
             *_base(shapes, parameters, recipe.base, in_full, saved),
             *_training(added, list(in_full.values()), recipe, device),
             *_kept_by_method(targets, adapter),
+            *_teacher(shapes, parameters, recipe),
             *_activations(shapes, recipe),
         ],
     )
-
-
-def stored_bytes(weights: int, rows: int, base: BaseSection) -> int:
-    """Bytes in which bitsandbytes stores one linear weight: codes and all statistics.
-
-    Args:
-        weights: numbers in the weight.
-        rows: output features; int8 keeps one fp32 statistic a row (Dettmers et al. 2022).
-        base: its `quant` and `double_quant` (Dettmers et al. 2023, section 3).
-    """
-    if base.quant == "none":
-        return weights * BYTES[base.compute_dtype]
-    if base.quant == "int8":
-        return weights + 4 * rows
-    blocks = _ceil(weights, _BLOCK)
-    statistics = 4 * blocks
-    if base.double_quant:
-        statistics = blocks + 4 * _ceil(blocks, _NESTED_BLOCK) + _CODE_8BIT + _OFFSET
-    return _ceil(weights, 2) + statistics + _CODE_4BIT
 
 
 def adapter_tensors(targets: list[Linear], hidden: int, adapter: AdapterSettings) -> list[Tensor]:
@@ -153,13 +128,6 @@ def adapter_tensors(targets: list[Linear], hidden: int, adapter: AdapterSettings
         in_dtype = len(sizes) - adapter.fp32_tensors
         tensors += [(size, adapter.dtype if place < in_dtype else "fp32") for place, size in enumerate(sizes)]
     return tensors + [(size, adapter.dtype) for size in adapter.model_sizes(hidden)]
-
-
-def optimizer_bytes(weights: int, kind: str, device: Device) -> int:
-    """Bytes of AdamW's two states of one trained tensor; an 8-bit kind on a CPU falls back to fp32 states."""
-    if "8bit" not in kind or device == "cpu" or weights < _MIN_8BIT:
-        return 8 * weights
-    return 2 * (weights + 4 * _ceil(weights, _OPTIMIZER_BLOCK) + _CODE_8BIT)
 
 
 def _base(
@@ -209,6 +177,22 @@ def _kept_by_method(targets: list[Linear], adapter: AdapterSettings) -> Iterable
         yield Component("kept from step to step", 4 * sum(sizes), True, f"{adapter.method}, fp32")
 
 
+def _teacher(shapes: ModelShapes, parameters: dict[str, int], recipe: Recipe) -> Iterable[Component]:
+    """The model that guides the training; of another than the base only its own config could tell."""
+    distill = recipe.train.distill
+    if distill is None:
+        return
+    if distill.teacher != "base":
+        yield Component("teacher", 0, False, f"not counted: {distill.teacher} is not looked at")
+        return
+    base = recipe.base.model_copy(update={"quant": distill.quant, "double_quant": True})
+    size = sum(part.bytes for part in _base(shapes, parameters, base, {}, {}))
+    if distill.top_k is None:
+        yield Component("teacher", size, True, f"the base in {distill.quant}")
+    else:
+        yield Component("teacher", 0, True, f"only before the first step: {size / 2**30:.1f} GiB beside the base")
+
+
 def _optimizer_note(train: TrainSection, device: Device) -> str:
     if device == "cpu" and train.optimizer != "adamw":
         return f"torch AdamW, fp32 ({train.optimizer} needs CUDA)"
@@ -240,7 +224,3 @@ def _activations(shapes: ModelShapes, recipe: Recipe) -> Iterable[Component]:
 
 def _is_vocabulary(name: str, shapes: ModelShapes) -> bool:
     return name in (next(iter(shapes.embeddings)), f"{shapes.head.name}.weight")
-
-
-def _ceil(total: int, size: int) -> int:
-    return -(-total // size)

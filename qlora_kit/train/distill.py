@@ -47,10 +47,14 @@ class Distillation:
 
 
 class OnlineTeacher:
-    """A teacher in memory, asked at each step."""
+    """A teacher in memory, asked at each step.
 
-    def __init__(self, model: PreTrainedModel, temperature: float) -> None:
-        self.model, self.temperature = model, temperature
+    Args:
+        vocab: ids that the student has; what a larger vocabulary adds are no tokens, and are left out.
+    """
+
+    def __init__(self, model: PreTrainedModel, temperature: float, vocab: int) -> None:
+        self.model, self.temperature, self.vocab = model, temperature, vocab
 
     def prepare(self, rows: Sequence[Encoded], collate: Collate) -> None:
         """There is nothing to prepare."""
@@ -62,7 +66,8 @@ class OnlineTeacher:
 
         def of(place: slice) -> TeacherSays:
             with torch.no_grad():
-                return TeacherSays((head(hidden[place]).float() / self.temperature).log_softmax(1))
+                logits = head(hidden[place])[:, : self.vocab].float()
+                return TeacherSays((logits / self.temperature).log_softmax(1))
 
         return of
 

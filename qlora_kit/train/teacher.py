@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.errors import ModelError
@@ -85,10 +88,15 @@ def start_distillation(
         return None
     check_distillable(student, f"base.model {recipe.base.model}")
     source = find_teacher(recipe, base, tokenizer)
+    vocab = cast(Tensor, student.get_input_embeddings().weight).shape[0]
 
     def load() -> OnlineTeacher:
-        return OnlineTeacher(load_teacher(recipe, source, student.device), section.temperature)
+        return OnlineTeacher(load_teacher(recipe, source, student.device), section.temperature, vocab)
 
+    if section.top_k is not None and section.top_k > len(tokenizer):
+        raise ModelError(
+            "train.distill.top_k", got=section.top_k, allowed=f"1 to {len(tokenizer)}, the tokens there are"
+        )
     if section.top_k is None:
         return Distillation(section, load())
     marks = {

@@ -90,3 +90,15 @@ def test_training_it_makes_no_copy_of_the_weight_in_fp32(tmp_path: Path) -> None
     model.train()(tiny_ids(), labels=tiny_ids()).loss.backward()
     assert set(asked) == {torch.bfloat16}
     assert all(parameter.grad is not None for parameter in trainable_parameters(model).values())
+
+
+def test_a_row_of_zeros_merges(tmp_path: Path) -> None:
+    model = tiny_model("qwen2", pad_token_id=2)
+    model.lm_head.weight.data[2] = 0
+    Dora(SETTINGS.model_copy(update={"target_modules": ["lm_head"], "dropout": 0.1})).inject(model)
+    loss = model.train()(tiny_ids(), labels=tiny_ids()).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    before = logits(model)
+    merge_adapter(model)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)

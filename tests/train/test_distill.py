@@ -157,3 +157,20 @@ def test_fields_that_do_not_agree(tmp_path: Path, changes: dict[str, Any], words
     changes = {"train": {"distill": {"top_k": 4}}, **changes}
     with pytest.raises(RecipeError, match=words):
         tiny_recipe(tmp_path, tmp_path / "model", **changes)
+
+
+@pytest.mark.parametrize("widths", [(320, 352), (352, 320)], ids=["teacher wider", "student wider"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 8}], ids=["asked", "kept"])
+def test_embeddings_padded_to_another_width_are_no_other_tokens(
+    tmp_path: Path, widths: tuple[int, int], options: dict[str, Any]
+) -> None:
+    student = save_tiny_model(tmp_path / "student", vocab_size=widths[0])
+    teacher = save_tiny_model(tmp_path / "teacher", vocab_size=widths[1], seed=3)
+    losses = train_losses(distilled(tmp_path, student, teacher=str(teacher), **options))
+    assert all(0 < loss < 20 for loss in losses)
+
+
+def test_more_ids_than_there_are_tokens_are_refused(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(ModelError, match=r"train.distill.top_k \(got 321\). Allowed: 1 to 320"):
+        distilled(tmp_path, model, top_k=321)
+    assert not (tmp_path / "runs" / "tiny" / "recipe.yaml").exists()
