@@ -509,3 +509,22 @@ def test_wrong_input_is_named(error: type[Exception], config: dict | None, adapt
 def test_planning_imports_no_torch() -> None:
     script = "import sys, qlora_kit.plan; raise SystemExit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_teacher_counts() -> None:
+    config = LLAMA | {"model_type": "llama"}
+    whole = parts(plan(recipe_of(base={"quant": "none"}), config))
+    unquantized = sum(whole[name] for name in ("linear layers", "embeddings", "output head", "norms and biases"))
+    alone = plan(recipe_of(), config).total_bytes
+    guided = plan(recipe_of(train={"distill": {}}), config)
+    assert parts(guided)["teacher"] == unquantized == guided.total_bytes - alone
+    (asked_once,) = (
+        part for part in plan(recipe_of(train={"distill": {"top_k": 4}}), config).components if part.name == "teacher"
+    )
+    assert asked_once.bytes == 0 and "only before the first step" in asked_once.note
+    (other,) = (
+        part
+        for part in plan(recipe_of(train={"distill": {"teacher": "x/y"}}), config).components
+        if part.name == "teacher"
+    )
+    assert not other.exact and "not counted: x/y" in other.note

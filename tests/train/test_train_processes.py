@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -23,9 +24,12 @@ EXACT = {"base": {"compute_dtype": "fp32"}, "adapter": {"dropout": 0.0, "dtype":
 
 
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """Below the ports that outgoing connections are given: a rank that waits for the first could else reach itself."""
+    for port in range(10_000 + os.getpid() % 10_000, 30_000):
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 def launch(folder: Path, *arguments: Any) -> list[ForkedCli]:
