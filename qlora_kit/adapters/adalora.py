@@ -97,6 +97,11 @@ class AdaLora(Method[AdaLoraSettings]):
             prune_every=self.settings.prune_every,
         )
 
+    def ships_from(self, total_steps: int) -> int:
+        """Where the budget is reached: an earlier adapter would ship more ranks than were asked for."""
+        self.total_steps = total_steps
+        return self.schedule(1).fixed_from
+
     def after_step(self, model: PreTrainedModel, step: int, total_steps: int, lr: float) -> None:
         self.total_steps = total_steps
         layers = dict(_layers(model))

@@ -89,6 +89,10 @@ class Method(Generic[S]):
         """
         return {}
 
+    def ships_from(self, total_steps: int) -> int:
+        """The first step whose adapter may be published as the best one."""
+        return 0
+
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on beside weights and optimizer."""
         return {}

@@ -183,10 +183,11 @@ def _evaluate(session: Session, state: TrainState, progress: Progress) -> bool:
     loss, tokens = evaluate_loss(session, session.recipe.train.eval_batches)
     if not math.isfinite(loss):
         raise TrainingError(f"step {state.step}: the evaluation loss is not finite", got=loss, fix="Lower train.lr")
-    improved = state.best_loss is None or loss < state.best_loss
+    may_ship = state.step >= session.method.ships_from(session.total_steps)
+    improved = may_ship and (state.best_loss is None or loss < state.best_loss)
     if improved:
         state.best_loss, state.best_step, state.evals_without_gain = loss, state.step, 0
-    else:
+    elif may_ship:
         state.evals_without_gain += 1
     _log(session, records.eval_record(state, loss, tokens, improved), progress)
     return improved
