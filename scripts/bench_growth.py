@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_runs import RESULTS, environment, hardware_line, manifest, metrics, train_run, write
+from bench_runs import RESULTS, against, environment, hardware_line, manifest, metrics, train_run, write
 
 VARIANTS = {
     "16": ["adapter.rank=16", "adapter.alpha=32.0"],
@@ -66,7 +66,7 @@ def _result(run: Path) -> dict[str, Any]:
 def _report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]], env: dict[str, Any]) -> None:
     losses = {variant: [result["eval_loss"] for result in of] for variant, of in results.items()}
     rows = [
-        f"| {variant} | {np.mean(losses[variant]):.4f} | {_against_16(losses, variant)} "
+        f"| {variant} | {np.mean(losses[variant]):.4f} | {against(losses, variant, '16')} "
         f"| {np.mean([result['step_s'] for result in of]):.2f} | {of[0]['trained_weights']:,} |"
         for variant, of in results.items()
     ]
@@ -80,15 +80,6 @@ def _report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]
     )
     tree = {"seeds": options.seeds, "steps": options.steps, "results": results, **env}
     write("growth", tree, table, options.out)
-
-
-def _against_16(losses: dict[str, list[float]], variant: str) -> str:
-    from qlora_kit.eval.intervals import paired_t_interval
-
-    if variant == "16" or len(losses[variant]) < 2:
-        return ""
-    found = paired_t_interval(losses[variant], losses["16"])
-    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
 if __name__ == "__main__":

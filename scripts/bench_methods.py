@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_runs import RESULTS, environment, hardware_line, manifest, train_run, write
+from bench_runs import RESULTS, against, environment, hardware_line, manifest, train_run, write
 
 VARIANTS: dict[str, list[str]] = {
     "lora": [],
@@ -71,7 +71,7 @@ def _train(options: argparse.Namespace, held_out: Path, name: str, seed: int) ->
 def _report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]], env: dict[str, Any]) -> None:
     losses = {name: [result["final_eval_loss"] for result in of] for name, of in results.items()}
     rows = [
-        f"| {name} | {np.mean(losses[name]):.4f} | {_against(losses, name)} | {of[0]['trainable_params']:,} "
+        f"| {name} | {np.mean(losses[name]):.4f} | {against(losses, name, 'lora')} | {of[0]['trainable_params']:,} "
         f"| {max(result['peak_rss_bytes'] for result in of) / 2**30:.2f} "
         f"| {np.mean([result['tokens_per_s'] for result in of]):.0f} |"
         for name, of in results.items()
@@ -86,15 +86,6 @@ def _report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]
     )
     tree = {"seeds": options.seeds, "steps": options.steps, "results": results, **env}
     write("methods_gsm8k", tree, table, options.out)
-
-
-def _against(losses: dict[str, list[float]], name: str) -> str:
-    from qlora_kit.eval.intervals import paired_t_interval
-
-    if name == "lora" or "lora" not in losses or len(losses[name]) < 2:
-        return ""
-    found = paired_t_interval(losses[name], losses["lora"])
-    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_runs import RESULTS, environment, hardware_line, metrics, train_run, write
+from bench_runs import RESULTS, against, environment, hardware_line, metrics, train_run, write
 from safetensors.torch import load_file
 
 VARIANTS = {
@@ -103,15 +103,12 @@ def _report(
     apart: dict[str, list[float]],
     env: Any,
 ) -> None:
-    from qlora_kit.eval.intervals import paired_t_interval
-
     reference = np.array(curves["fp32"])
     rows = []
     for variant in VARIANTS:
         curve = float(np.abs(np.array(curves[variant]) - reference).mean())
         weights = f"{np.mean(apart[variant]):.1%} ± {np.std(apart[variant], ddof=1):.1%}"
-        against = paired_t_interval(final[variant], final["fp32"]) if variant != "fp32" else None
-        paired = "" if against is None else f"{against.value:+.5f} [{against.low:+.5f}, {against.high:+.5f}]"
+        paired = against(final, variant, "fp32", digits=5)
         rows.append(f"| {variant} | {np.mean(final[variant]):.5f} | {paired} | {curve:.5f} | {weights} |")
     table = (
         "# Adapter storage: does bf16 learn like fp32?\n\n"

@@ -60,3 +60,13 @@ def hardware_line(environment: dict[str, Any]) -> str:
 
 def _status(run: Path) -> str | None:
     return manifest(run).get("status") if (run / "manifest.json").exists() else None
+
+
+def against(losses: dict[str, list[float]], name: str, reference: str, digits: int = 4) -> str:
+    """`name`'s losses less those of `reference`, with a paired 95% t interval; empty without one."""
+    from qlora_kit.eval.intervals import paired_t_interval
+
+    if name == reference or reference not in losses or len(losses[name]) < 2:
+        return ""
+    found = paired_t_interval(losses[name], losses[reference])
+    return f"{found.value:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"

@@ -10,71 +10,21 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
+from planned_models import CONFIGS, LLAMA, parts, recipe_of, tiny_model
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.adapters.inject import trainable_parameters
-from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.methods import METHODS
-from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.errors import AdapterError, ModelError
-from qlora_kit.plan import ARCHITECTURES, Plan, device_here, find_config, model_shapes, plan, print_plan
+from qlora_kit.plan import ARCHITECTURES, device_here, find_config, model_shapes, plan, print_plan
 from qlora_kit.plan.memory import Device, optimizer_bytes
 from qlora_kit.plan.show import format_bytes
-from qlora_kit.recipe import BaseSection, Recipe
-from qlora_kit.recipe_file import load_recipe, parse_recipe
+from qlora_kit.recipe import BaseSection
+from qlora_kit.recipe_file import load_recipe
 from qlora_kit.train.adapted_model import add_gradients_in_fp32
-
-LLAMA: dict[str, Any] = {
-    "vocab_size": 160,
-    "hidden_size": 96,
-    "intermediate_size": 200,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 40,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-GPT2: dict[str, Any] = {"vocab_size": 160, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 32}
-CONFIGS: list[tuple[str, dict[str, Any]]] = [
-    ("llama", LLAMA),
-    ("llama", LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
-    ("llama", {key: value for key, value in LLAMA.items() if key not in ("head_dim", "num_key_value_heads")}),
-    ("mistral", LLAMA),
-    ("qwen2", {key: value for key, value in LLAMA.items() if key != "head_dim"}),
-    ("qwen3", LLAMA),
-    ("gemma", LLAMA),
-    ("gemma2", LLAMA),
-    ("gemma3_text", LLAMA),
-    ("phi3", {key: value for key, value in LLAMA.items() if key != "head_dim"}),
-    ("gpt2", GPT2),
-    ("gpt2", GPT2 | {"n_inner": 100, "tie_word_embeddings": False}),
-]
-
-
-def recipe_of(**sections: dict[str, Any]) -> Recipe:
-    tree: dict[str, Any] = {
-        "run": {"name": "plan"},
-        "base": {"model": "tiny"},
-        "data": {"train": "t.jsonl", "max_seq_len": 16},
-        "train": {"max_steps": 1},
-    }
-    return parse_recipe(tree | {name: tree.get(name, {}) | section for name, section in sections.items()})
-
-
-def tiny_model(kind: str, options: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
-    config = AutoConfig.for_model(kind, **options)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config), json.loads(config.to_json_string(use_diff=True))
-
-
-def parts(found: Plan) -> dict[str, int]:
-    return {part.name: part.bytes for part in found.components}
 
 
 @pytest.mark.parametrize(("kind", "options"), CONFIGS)
@@ -249,110 +199,6 @@ def test_targets_match_names_as_peft_does(name: str | list[str]) -> None:
     assert targets == found
 
 
-def test_what_is_trained_in_full_counts() -> None:
-    config = LLAMA | {"model_type": "llama", "tie_word_embeddings": True}
-    lora = plan(recipe_of(), config)
-    vocabulary = 160 * 96
-    tied = plan(recipe_of(adapter={"modules_to_save": ["lm_head"]}), config)
-    assert tied.trainable_parameters - lora.trainable_parameters == vocabulary
-    grown = plan(recipe_of(adapter={"new_tokens": ["<a>", "<b>"]}), config)
-    assert grown.trainable_parameters - lora.trainable_parameters == vocabulary + 2 * 96
-    assert parts(grown)["embeddings"] == 2 * (vocabulary + 2 * 96)
-    untied = plan(recipe_of(adapter={"new_tokens": ["<a>"]}), config | {"tie_word_embeddings": False})
-    assert untied.trainable_parameters - lora.trainable_parameters == 2 * (vocabulary + 96)
-    norm = plan(recipe_of(adapter={"modules_to_save": ["norm"]}), config)
-    assert norm.trainable_parameters - lora.trainable_parameters == 96
-
-
-def test_a_linear_layer_trained_in_full_is_not_quantized() -> None:
-    adapter = {"target_modules": ["q_proj"], "modules_to_save": ["down_proj"]}
-    found = plan(recipe_of(adapter=adapter), LLAMA | {"model_type": "llama"})
-    assert parts(found)["linear layers trained in full"] == 2 * 2 * 200 * 96
-
-
-def test_all_linear_leaves_out_what_is_trained_in_full() -> None:
-    model, config = tiny_model("llama", LLAMA)
-    adapter = {"target_modules": "all-linear", "modules_to_save": ["q_proj", "layers.0.mlp"]}
-    settings = LoraSettings(rank=16, modules_to_save=adapter["modules_to_save"])  # type: ignore[arg-type]
-    assert isinstance(model, PreTrainedModel)
-    found = plan(recipe_of(adapter=adapter), config)
-    assert found.targets == Lora(settings).inject(model)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert found.trainable_parameters == trained
-
-
-def test_fp16_trains_whole_modules_in_fp32() -> None:
-    base, adapter = {"model": "tiny", "compute_dtype": "fp16"}, {"modules_to_save": ["embed_tokens"]}
-    found = plan(recipe_of(base=base, adapter=adapter), LLAMA | {"model_type": "llama"})
-    assert parts(found)["embeddings"] == 4 * 160 * 96
-    assert parts(found)["output head"] == 2 * 160 * 96
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "targets"),
-    [("llama", LLAMA, ["embed_tokens", "q_proj"]), ("gpt2", GPT2, r".*\.(wte|wpe|c_fc)")],
-)
-def test_an_adapted_embedding_counts(kind: str, options: dict[str, Any], targets: str | list[str]) -> None:
-    model, config = tiny_model(kind, options)
-    found = plan(recipe_of(adapter={"rank": 5, "target_modules": targets}), config)
-    assert isinstance(model, PreTrainedModel)
-    assert found.targets == Lora(LoraSettings(rank=5, target_modules=targets)).inject(model)
-    assert found.adapter_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def test_a_rank_that_grows_counts_as_it_ends() -> None:
-    config, growth = LLAMA | {"model_type": "llama"}, [{"at": 0.5, "rank": 8}, {"at": 0.7, "rank": 12}]
-    ends = plan(recipe_of(adapter={"rank": 12}), config)
-    assert plan(recipe_of(adapter={"rank": 4, "growth": growth}), config).adapter_parameters == ends.adapter_parameters
-
-
-@pytest.mark.parametrize(("bias", "extra"), [("none", 0), ("lora_only", 2 * 3 * 48), ("all", 1)])
-def test_trained_biases(bias: str, extra: int) -> None:
-    model, config = tiny_model("gpt2", GPT2)
-    without = plan(recipe_of(adapter={"target_modules": ["c_attn"]}), config).trainable_parameters
-    found = plan(recipe_of(adapter={"target_modules": ["c_attn"], "bias": bias}), config).trainable_parameters
-    if bias == "all":
-        extra = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith("bias"))
-    assert found - without == extra
-
-
-@pytest.mark.parametrize("method", ["bottleneck", "prompt_tuning", "bitfit", "full"])
-@pytest.mark.parametrize(("kind", "options"), CONFIGS)
-def test_methods_beside_the_low_rank_ones(kind: str, options: dict[str, Any], method: str) -> None:
-    model, config = tiny_model(kind, options)
-    assert isinstance(model, PreTrainedModel)
-    recipe = recipe_of(adapter={"method": method}, base={"model": "tiny", "quant": "none"})
-    found = plan(recipe, config)
-    if method == "bitfit" and not any(name.endswith("bias") for name, _ in model.named_parameters()):
-        assert found.trainable_parameters == 0
-        return
-    stored = [] if method == "prompt_tuning" else None  # a model without weights has no vectors to start from
-    assert METHODS[method](recipe.adapter).inject(model, stored) == found.targets
-    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    assert found.trainable_parameters == sum(trained)
-    sizes, in_base = parts(found), method in ("bitfit", "full")
-    assert sizes["adapter"] == (0 if in_base else 2 * sum(trained))
-    assert sizes["gradients"] == sizes["low bits of bf16 weights"] == 2 * sum(trained)
-    assert sizes["optimizer states"] == sum(optimizer_bytes(size, recipe.train.optimizer, "cuda") for size in trained)
-    names = ("linear layers", "linear layers trained in full", "embeddings", "output head", "norms and biases")
-    assert sum(sizes.get(name, 0) for name in names) == 2 * found.base_parameters
-
-
-@pytest.mark.parametrize("method", ["adalora", "sora"])
-def test_methods_that_prune(method: str) -> None:
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA))
-    recipe = recipe_of(adapter={"method": method, "rank": 4, "dtype": "fp32"})
-    found = plan(recipe, LLAMA | {"model_type": "llama"})
-    own = METHODS[method](recipe.adapter)
-    assert own.inject(model) == found.targets
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert found.trainable_parameters == sum(parameter.numel() for parameter in trained)
-    model(torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)).loss.backward()
-    own.after_step(model, 1, 100, 0.1)
-    kept = sum(tensor.numel() * tensor.element_size() for tensor in own.state().values())
-    assert parts(found).get("kept from step to step", 0) == kept and (kept > 0) == (method == "adalora")
-
-
 def test_eight_bit_optimizer_needs_cuda() -> None:
     config = LLAMA | {"model_type": "llama"}
     recipe = recipe_of(adapter={"rank": 64})
@@ -410,70 +256,6 @@ def test_json_and_table_name_the_sums() -> None:
     text = console.file.getvalue()
     for word in ("linear layers", "nf4, double", "optimizer states", "rough", "total", "KiB"):
         assert word in text
-
-
-def write_gguf(path: Path, tied: bool) -> None:
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(1)
-    writer.add_embedding_length(8)
-    writer.add_feed_forward_length(24)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_context_length(32)
-    for name, shape in {"token_embd.weight": (40, 8), "blk.0.attn_q.bias": (8,), "output.weight": (40, 8)}.items():
-        if not (tied and name == "output.weight"):
-            writer.add_tensor(name, np.zeros(shape, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.mark.parametrize(("tied", "name"), [(True, "tiny.gguf"), (False, "tiny.GGUF")])
-def test_config_of_a_gguf_file(tied: bool, name: str, tmp_path: Path) -> None:
-    write_gguf(tmp_path / name, tied)
-    config = find_config(BaseSection(model=str(tmp_path / name)))
-    options = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 24, "num_hidden_layers": 1}
-    options |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
-    model, _ = tiny_model("qwen2", options)
-    assert model_shapes(config).parameters() == {name: item.numel() for name, item in model.named_parameters()}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "match"),
-    [
-        ("none.gguf", None, "no such GGUF file"),
-        ("bad.gguf", b"not a model at all, whatever", "not a readable GGUF model"),
-        ("bad.gguf", b"", "not a readable GGUF model"),
-        ("model.bin", b"x", "a hub id, a folder or a .gguf file"),
-        ("nowhere", None, "a hub id, a folder or a .gguf file"),
-        ("folder/config.json", b"{", "is not JSON"),
-        ("folder/config.json", b"[]", "holds no config"),
-        ("folder/other.json", b"{}", r"has no config\.json"),
-    ],
-)
-def test_a_config_that_cannot_be_found(name: str, content: bytes | None, match: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    if content is not None:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-    model = path.parent if "/" in name else path
-    with pytest.raises(ModelError, match=match):
-        find_config(BaseSection(model=str(model)))
-
-
-def test_a_hub_that_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError("offline, and nothing cached\nmore")
-
-    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
-    with pytest.raises(ModelError, match=r"base\.model a/b: .*\(offline, and nothing cached\)"):
-        find_config(BaseSection(model="a/b"))
-
-
-def test_a_hub_config_is_plain_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: AutoConfig.for_model("llama", **LLAMA))
-    assert model_shapes(find_config(BaseSection(model="a/b"))).hidden == 96
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapted_models import assert_ships_as_lora, logits
 from tiny_models import save_tiny_model, tiny_ids, tiny_model
 
 from qlora_kit.adapters.adalora import AdaLora, AdaLoraLinear
 from qlora_kit.adapters.inject import adapted_layers, trainable_parameters
-from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.peft_format import load_adapter, read_adapter, save_adapter
 from qlora_kit.adapters.settings import AdaLoraSettings
 from qlora_kit.errors import AdapterError
@@ -38,11 +38,6 @@ def randomize(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(5)
     for _, parameter in sorted(trainable_parameters(model).items()):
         parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(tiny_ids()).logits
 
 
 def pefts(base: Any, **fields: Any) -> Any:
@@ -197,13 +192,7 @@ def test_what_ships_computes_the_same_with_fewer_ranks(tmp_path: Path, dtype: st
     }  # fmt: skip
     assert size(shipped) < 0.6 * size(tmp_path / "checkpoint") * (1 if dtype == "fp32" else 1.5)
 
-    theirs = peft.PeftModel.from_pretrained(tiny_model("llama"), str(shipped))
-    again = tiny_model("llama")
-    assert isinstance(load_adapter(again, shipped), Lora)
-    for other in (theirs, again):
-        torch.testing.assert_close(logits(other), logits(ours), rtol=0, atol=1e-5)
-    merge_adapter(again)
-    torch.testing.assert_close(logits(again), logits(ours), rtol=0, atol=1e-5)
+    assert_ships_as_lora(shipped, logits(ours))
 
 
 def size(folder: Path) -> int:

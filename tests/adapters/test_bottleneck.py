@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted_models import randomize
 from tiny_models import ARCHITECTURES, save_tiny_model, tiny_ids, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModel
@@ -30,12 +31,6 @@ SMALL = {
     "vocab_size": 50, "hidden_size": 16, "dim": 16, "hidden_dim": 24, "intermediate_size": 24, "n_heads": 2,
     "num_attention_heads": 2, "num_hidden_layers": 2, "n_layers": 2, "pad_token_id": 0, "embedding_size": 16,
 }  # fmt: skip
-
-
-def randomize(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(5)
-    for _, parameter in sorted(trainable_parameters(model).items()):
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from adapted_models import logits, randomize
 from tiny_models import save_tiny_model, tiny_ids, tiny_model
 
 from qlora_kit.adapters.dora import Dora, DoraLinear
@@ -18,17 +19,6 @@ from qlora_kit.model.load import load_base
 from qlora_kit.model.source import find_base
 
 SETTINGS = DoraSettings(rank=3, alpha=7.0, dtype="fp32")
-
-
-def randomize(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(5)
-    for _, parameter in sorted(trainable_parameters(model).items()):
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(tiny_ids()).logits
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2"])

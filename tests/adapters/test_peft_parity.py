@@ -8,7 +8,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny_models import save_tiny_model, tiny_ids, tiny_model
+from adapted_models import logits
+from tiny_models import save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_kit.adapters.inject import adapted_layers, trainable_parameters
@@ -47,11 +48,6 @@ def randomize(model: torch.nn.Module, names: list[str] | None = None) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad if names is None else name in names:
             parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(tiny_ids()).logits
 
 
 def assert_same_logits(one: torch.nn.Module, other: torch.nn.Module) -> None:

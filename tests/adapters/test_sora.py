@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
+from adapted_models import assert_ships_as_lora, logits, randomize
 from tiny_models import save_tiny_model, tiny_ids, tiny_model
 
 from qlora_kit.adapters.inject import adapted_layers, trainable_parameters
-from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.peft_format import load_adapter, save_adapter
 from qlora_kit.adapters.settings import SoraSettings
 from qlora_kit.adapters.sora import Sora, SoraLinear, soft_threshold
@@ -33,17 +32,6 @@ def adapted(settings: SoraSettings = SETTINGS) -> tuple[Any, Sora]:
 
 def own_layers(model: torch.nn.Module) -> dict[str, SoraLinear]:
     return {name: layer for name, layer in adapted_layers(model) if isinstance(layer, SoraLinear)}
-
-
-def randomize(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(5)
-    for _, parameter in sorted(trainable_parameters(model).items()):
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(tiny_ids()).logits
 
 
 def test_the_threshold() -> None:
@@ -100,13 +88,7 @@ def test_what_ships_computes_the_same_with_fewer_ranks(tmp_path: Path, dtype: st
     assert config["peft_type"] == "LORA" and config["r"] == config["lora_alpha"] == 2
     assert sorted(config["rank_pattern"].values()) == [1, 1, 4, 4]  # q_proj and up_proj of two blocks
     assert not any("k_proj" in name for name in config["target_modules"])
-    theirs = peft.PeftModel.from_pretrained(tiny_model("llama"), str(shipped))
-    again = tiny_model("llama")
-    assert isinstance(load_adapter(again, shipped), Lora)
-    for other in (theirs, again):
-        torch.testing.assert_close(logits(other), logits(ours), rtol=0, atol=1e-5)
-    merge_adapter(again)
-    torch.testing.assert_close(logits(again), logits(ours), rtol=0, atol=1e-5)
+    assert_ships_as_lora(shipped, logits(ours))
 
 
 def test_an_adapter_whose_gates_are_all_closed_is_not_shipped(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapted_models import randomize
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model, tiny_ids, tiny_model
 from torch import nn
 
 from qlora_kit.adapters.factors import best_factors
-from qlora_kit.adapters.inject import adapted_layers, trainable_parameters
+from qlora_kit.adapters.inject import adapted_layers
 from qlora_kit.adapters.layer import AdaptedLinear
 from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.method import Method
@@ -65,12 +66,6 @@ def steep(arch: str) -> Any:
             u, s, vh = torch.linalg.svd(parameter.data, full_matrices=False)
             parameter.data = u * (2 * s[0] * 0.6 ** torch.arange(len(s))) @ vh
     return model
-
-
-def randomize(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(5)
-    for _, parameter in sorted(trainable_parameters(model).items()):
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def logits(model: Any) -> torch.Tensor:

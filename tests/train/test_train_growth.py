@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapted_models import logits, randomize
 from tiny_models import save_tiny_model, tiny_ids, tiny_model
 from tiny_run import killed_after, train, write_recipe
 from torch import nn
@@ -31,17 +32,6 @@ ADAPTER = {"rank": 4, "alpha": 8.0, "growth": STAGES}
 def growing(**changes: Any) -> LoraSettings:
     stages = [GrowthStage(at=0.5, rank=8), GrowthStage(at=0.75, rank=16)]
     return LoraSettings(rank=4, alpha=8.0, growth=stages, dtype="fp32").model_copy(update=changes)
-
-
-def randomize(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(5)
-    for _, parameter in sorted(trainable_parameters(model).items()):
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(tiny_ids()).logits
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3.0}}, {"dtype": "bf16"}])
