@@ -90,7 +90,7 @@ def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = Fal
             raise
         finally:
             progress.stop()
-            session.accelerator.end_training()
+            session.end()
 
 
 def _all_steps(session: Session, state: TrainState, progress: Progress, signals: StopSignals) -> None:

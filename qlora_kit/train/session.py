@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from dataclasses import dataclass, field
@@ -74,6 +75,17 @@ class Session:
             folder = self.run.path / "trackers"  # TensorBoard's is make_accelerator's project_dir
             folder.mkdir(exist_ok=True)
             self.accelerator.init_trackers("qlora-kit", config=flat, init_kwargs={"wandb": {"dir": str(folder)}})
+
+    def end(self) -> None:
+        """Ends the trackers and the group of processes.
+
+        The wrapper that averages gradients goes first: were it the last to hold the group, it would wait for the
+        group's thread with Python's lock in hand, and that thread may want the lock (pytorch #56297).
+        """
+        self.model = self.plain
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
 
     def losses(self, batch: dict[str, Tensor], rows: list[Encoded]) -> Tensor:
         """The loss of each token of a micro batch that carries loss, fp32; `rows` are what it was collated from."""

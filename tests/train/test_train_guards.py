@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,20 @@ def test_too_little_memory_for_samples_does_not_lose_the_run(
     manifest = run.manifest()
     assert manifest["status"] == "finished" and manifest["adapter"]["sha256"]
     assert "no samples: too little memory to generate" in manifest["notes"]
+
+
+def test_what_averages_gradients_is_gone_before_the_group_of_processes(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it waits for the group's thread with Python's lock in hand, and now and then for ever."""
+    recipe = tiny_recipe(tmp_path, tiny_llama)
+    session = start_session(recipe, RunFolder.create(recipe))
+    wrapper = torch.nn.Sequential(session.plain)
+    wrapper.itself = [wrapper]  # as DistributedDataParallel: only the garbage collector finds it
+    session.model, left = wrapper, weakref.ref(wrapper)
+    session.accelerator._models.append(wrapper)
+    del wrapper
+    seen = []
+    monkeypatch.setattr(session.accelerator, "end_training", lambda: seen.append(left()))
+    session.end()
+    assert seen == [None]
