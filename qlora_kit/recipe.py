@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from qlora_kit.adapters.settings import AnyAdapterSettings, LoraSettings
+from qlora_kit.recipe_checks import disagreements
 from qlora_kit.section import ONE, SEVERAL, Name, Positive, Section, Text, one_or_several
+from qlora_kit.task_settings import AnyTaskSettings, CausalLmSettings
 
 Schema = Literal["text", "prompt_completion", "alpaca", "messages", "sharegpt"]
 
@@ -188,6 +190,7 @@ class Recipe(Section):
     """One run, from base model to bundle."""
 
     run: RunSection
+    task: AnyTaskSettings = CausalLmSettings()
     base: BaseSection
     adapter: AnyAdapterSettings = LoraSettings()
     data: DataSection
@@ -197,36 +200,6 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
-        if problems := [*_length_problems(self), *_choice_problems(self.eval)]:
+        if problems := disagreements(self):
             raise ValueError("\n".join(problems))
         return self
-
-
-def _length_problems(recipe: Recipe) -> list[str]:
-    train, data, problems = recipe.train, recipe.data, []
-    if (train.max_steps is None) == (train.epochs is None):
-        problems.append("train: give exactly one of max_steps and epochs")
-    if data.streaming and (train.max_steps is None or data.eval is None):
-        problems.append("data.streaming needs train.max_steps and data.eval: a stream has no known length to split")
-    if train.max_steps is not None and train.warmup_steps > train.max_steps:
-        fix = f"set train.warmup_steps to {train.max_steps} at most"
-        problems.append(f"train.warmup_steps {train.warmup_steps} is more than max_steps {train.max_steps}: {fix}")
-    if train.distill and recipe.adapter.new_tokens:
-        problems.append("train.distill cannot be had with adapter.new_tokens: the teacher does not know them")
-    if train.distill and train.distill.top_k and data.streaming:
-        problems.append("train.distill.top_k needs rows that are read first: leave it out, or data.streaming")
-    if recipe.adapter.trains_all and recipe.base.quant != "none":
-        got = f"got {recipe.base.quant}; codes cannot be trained"
-        problems.append(f"adapter.method {recipe.adapter.method} needs base.quant: none ({got})")
-    if train.early_stopping_patience and not train.eval_every:
-        problems.append("train.early_stopping_patience needs train.eval_every")
-    return problems
-
-
-def _choice_problems(section: EvalSection) -> list[str]:
-    problems, choices = [], section.choices
-    if choices and section.answer != "choices":
-        problems.append(f"eval.choices needs eval.answer: choices (got {section.answer!r})")
-    if choices and len(set(choices)) < max(2, len(choices)):
-        problems.append(f"eval.choices: got {choices!r}; give at least two, each once")
-    return problems

@@ -17,6 +17,7 @@ from qlora_kit.adapters.settings import SETTINGS
 from qlora_kit.errors import RecipeError
 from qlora_kit.recipe import DataSection, DataSource, Recipe
 from qlora_kit.section import ONE
+from qlora_kit.task_settings import TASKS
 
 _SCALARS = {  # tag, pattern and first characters of YAML 1.2's core schema (section 10.3.2); null is as in 1.1
     "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
@@ -152,7 +153,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not valid YAML: {error}", fix="Mend the place named above") from None
     if not isinstance(tree, dict):
         raise RecipeError(
-            f"{path} holds no recipe", got=tree, allowed="sections run, base, adapter, data, train, eval, export"
+            f"{path} holds no recipe", got=tree, allowed="sections run, task, base, adapter, data, train, eval, export"
         )
     return tree
 
@@ -176,7 +177,8 @@ def _explain(item: Any) -> str:
     place = tuple(part for part in item["loc"] if not str(part).startswith("<"))  # without names of forms
     field = ".".join(str(part) for part in place) or "recipe"
     if item["type"] == "union_tag_invalid":
-        return f"{field}.method: got {item['input']['method']!r}; allowed: {', '.join(SETTINGS)}"
+        key, known = ("type", TASKS) if field == "task" else ("method", SETTINGS)
+        return f"{field}.{key}: got {item['input'][key]!r}; allowed: {', '.join(known)}"
     if item["type"] == "missing":
         return f"{field}: missing; give it a value"
     if item["type"] == "extra_forbidden":
@@ -197,9 +199,9 @@ def _nearest(place: tuple[Any, ...]) -> str:
     """A close name that the section at `place` does have, or all of them."""
     model: Any = Recipe
     for part in place[:-1]:
-        method = SETTINGS.get(str(part).strip("<>"))
-        if method is not None and model is not Recipe:
-            model = method
+        form = {**SETTINGS, **TASKS}.get(str(part).strip("<>"))
+        if form is not None and model is not Recipe:
+            model = form
         elif part == "train" and model is DataSection:
             model = DataSource
         elif isinstance(part, str) and not part.startswith("<"):

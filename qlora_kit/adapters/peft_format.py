@@ -29,6 +29,16 @@ from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.methods import stored_method
 from qlora_kit.errors import AdapterError
 
+TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+"""Endings of class names, and what PEFT calls their task."""
+
 
 @dataclass(frozen=True)
 class StoredAdapter:
@@ -60,7 +70,7 @@ def save_adapter(model: PreTrainedModel, method: Method[Any], folder: Path, base
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "peft_type": method.peft_type,
-        "task_type": "CAUSAL_LM" if isinstance(model, PreTrainedModel) else None,
+        "task_type": _task_type(model),
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         **method.config(model),
@@ -128,6 +138,14 @@ def fill_adapter(model: PreTrainedModel, method: Method[Any], tensors: dict[str,
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         model.get_parameter(own.get(name, name)).data.copy_(tensor)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's name of the task that a transformers model's class is made for."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    named = (kind for ending, kind in TASK_TYPES.items() if type(model).__name__.endswith(ending))
+    return next(named, None)
 
 
 def _saved_modules(stored: StoredAdapter) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from qlora_kit.data.masking import IGNORED, Encoded
@@ -26,14 +27,16 @@ def collate(rows: Sequence[Encoded], pad_id: int, multiple_of: int = 8) -> dict[
     """
     if not rows:
         raise DataError("a batch needs at least one row")
-    longest = max(len(row.input_ids) for row in rows)
-    seq = -(-longest // multiple_of) * multiple_of
-    input_ids = torch.full((len(rows), seq), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(rows), seq), dtype=torch.int64)
-    labels = torch.full((len(rows), seq), IGNORED, dtype=torch.int64)
-    for k, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[k, :length] = torch.tensor(row.input_ids, dtype=torch.int64)
-        attention_mask[k, :length] = 1
-        labels[k, :length] = torch.tensor(row.labels, dtype=torch.int64)
+    input_ids = padded([row.input_ids for row in rows], pad_id, multiple_of)
+    attention_mask = padded([np.ones_like(row.input_ids) for row in rows], 0, multiple_of)
+    labels = padded([row.labels for row in rows], IGNORED, multiple_of)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def padded(rows: Sequence[np.ndarray], fill: int, multiple_of: int = 8) -> torch.Tensor:
+    """int64 [batch, seq]: rows of ints, filled up on the right to the longest, rounded up to `multiple_of`."""
+    seq = -(-max(map(len, rows)) // multiple_of) * multiple_of
+    out = torch.full((len(rows), seq), fill, dtype=torch.int64)
+    for k, row in enumerate(rows):
+        out[k, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return out

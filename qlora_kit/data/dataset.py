@@ -12,6 +12,7 @@ import numpy as np
 
 from qlora_kit.data.encoded_rows import EncodedRows
 from qlora_kit.data.examples import content_hash, split_key
+from qlora_kit.data.kinds import LANGUAGE, RowKind
 from qlora_kit.data.masking import Encoded
 from qlora_kit.data.mixing import draw_counts, draw_rows
 from qlora_kit.data.reading import SourceEncoder, eval_source
@@ -47,7 +48,7 @@ class PreparedData:
         return f"{self.report.path_of(row.source)} row {row.row}"
 
 
-def prepare(section: DataSection, tokenizer: Any, seed: int) -> PreparedData:
+def prepare(section: DataSection, tokenizer: Any, seed: int, kind: RowKind = LANGUAGE) -> PreparedData:
     """Reads, encodes, splits and mixes all rows of a recipe; the tokenizer's template is the resolved one.
 
     Held-out rows: those of `data.eval`, or the training rows whose seeded hash of everything before the last
@@ -57,23 +58,25 @@ def prepare(section: DataSection, tokenizer: Any, seed: int) -> PreparedData:
 
     Mixing: see `mixing.draw_counts`; without weights every training row is in the epoch once.
 
+    `kind` says how rows are read and encoded; language modelling's where it is left out.
+
     With `data.streaming` only the eval file is read; `StreamedTrain` reads the rest.
 
     Raises:
         DataError: a source or row cannot be used (see `data.bad_rows`), or no row is left.
     """
-    encoders = [SourceEncoder(k, source, section, tokenizer) for k, source in enumerate(section.sources())]
+    encoders = [SourceEncoder(k, source, section, tokenizer, kind=kind) for k, source in enumerate(section.sources())]
     report = DataReport([encoder.report for encoder in encoders], template=tokenizer.chat_template)
     if section.streaming:
-        return PreparedData(EncodedRows().seal(), prepare_eval(section, tokenizer, report), report)
-    rows, keys = _read_all(encoders, seed)
-    held_out = EncodedRows()
+        return PreparedData(EncodedRows().seal(), prepare_eval(section, tokenizer, report, kind), report)
+    rows, keys = _read_all(encoders, seed, kind)
+    held_out = EncodedRows(kind.own_labels)
     if section.eval is None:
         on_eval_side = held_out_mask(keys, section.eval_fraction)
         held_out = rows.take(np.flatnonzero(on_eval_side))
         rows = rows.take(np.flatnonzero(~on_eval_side))
     else:
-        held_out = prepare_eval(section, tokenizer, report)
+        held_out = prepare_eval(section, tokenizer, report, kind)
     _count(rows, held_out, encoders, section)
     _report_overlap(rows, held_out, report)
     train = rows.take(draw_rows(rows.sources(), draw_counts(section.sources(), rows.sources()), seed))
@@ -83,7 +86,7 @@ def prepare(section: DataSection, tokenizer: Any, seed: int) -> PreparedData:
     return PreparedData(train, held_out, report)
 
 
-def prepare_eval(section: DataSection, tokenizer: Any, report: DataReport) -> EncodedRows:
+def prepare_eval(section: DataSection, tokenizer: Any, report: DataReport, kind: RowKind = LANGUAGE) -> EncodedRows:
     """The rows of `data.eval`; their counts go to `report.eval`. Their source index is that of the file after
     the training sources.
 
@@ -94,9 +97,9 @@ def prepare_eval(section: DataSection, tokenizer: Any, report: DataReport) -> En
     if source is None:
         raise DataError("data.eval is not set", fix="Name a file with held-out rows")
     plain = section.model_copy(update={"streaming": False})
-    encoder = SourceEncoder(len(section.sources()), source, plain, tokenizer)
+    encoder = SourceEncoder(len(section.sources()), source, plain, tokenizer, kind=kind)
     report.eval = encoder.report
-    rows = EncodedRows()
+    rows = EncodedRows(kind.own_labels)
     for row, example in encoder.rows():
         rows.append(row, content_hash(example))
         encoder.report.use(row)
@@ -122,8 +125,8 @@ def held_out_mask(keys: np.ndarray, fraction: float) -> np.ndarray:
     return keys == keys.min()
 
 
-def _read_all(encoders: list[SourceEncoder], seed: int) -> tuple[EncodedRows, np.ndarray]:
-    rows, keys = EncodedRows(), array("Q")
+def _read_all(encoders: list[SourceEncoder], seed: int, kind: RowKind) -> tuple[EncodedRows, np.ndarray]:
+    rows, keys = EncodedRows(kind.own_labels), array("Q")
     for encoder in encoders:
         for row, example in encoder.rows():
             rows.append(row, content_hash(example))

@@ -11,14 +11,34 @@ import numpy as np
 from qlora_kit.data.masking import IGNORED, Encoded
 
 
+class OwnLabels:
+    """Labels of rows, and where their second texts start, in flat arrays."""
+
+    def __init__(self) -> None:
+        self._flat, self._ends, self.seconds = array("i"), array("q", [0]), array("i")
+
+    def append(self, row: Encoded) -> None:
+        self._flat.frombytes(np.ascontiguousarray(row.labels, dtype=np.int32).tobytes())
+        self._ends.append(len(self._flat))
+        self.seconds.append(row.second)
+
+    def labels(self, at: int) -> np.ndarray:
+        """int32 [labels] of the row at a place."""
+        return np.frombuffer(self._flat, dtype=np.int32)[self._ends[at] : self._ends[at + 1]]
+
+
 class EncodedRows(Sequence[Encoded]):
-    """Encoded rows in five flat arrays (5 bytes a token), seen through positions that may repeat rows.
+    """Encoded rows in flat arrays (5 bytes a token), seen through positions that may repeat rows.
+
+    Args:
+        own_labels: labels are no ids of the row itself, and are kept as they are.
 
     Attributes:
         positions: int64 [len], places in the store; a view made by `take` shares the store.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own_labels: bool = False) -> None:
+        self._own = OwnLabels() if own_labels else None
         self._ids, self._loss = array("i"), bytearray()
         self._ends, self._sources, self._rows = array("q", [0]), array("i"), array("q")
         self._hashes = array("Q")
@@ -30,7 +50,10 @@ class EncodedRows(Sequence[Encoded]):
         if row.truncated:
             self._cut.add(len(self._rows))
         self._ids.frombytes(np.ascontiguousarray(row.input_ids, dtype=np.int32).tobytes())
-        self._loss += (row.labels != IGNORED).tobytes()
+        if self._own:
+            self._own.append(row)
+        else:
+            self._loss += (row.labels != IGNORED).tobytes()
         self._ends.append(len(self._ids))
         self._sources.append(row.source)
         self._rows.append(row.row)
@@ -56,9 +79,11 @@ class EncodedRows(Sequence[Encoded]):
         at = int(self.positions[position])
         start, end = self._ends[at], self._ends[at + 1]
         ids = np.frombuffer(self._ids, dtype=np.int32)[start:end]
+        place = self._sources[at], self._rows[at], at in self._cut
+        if self._own:
+            return Encoded(ids, self._own.labels(at), *place, second=self._own.seconds[at])
         loss = np.frombuffer(self._loss, dtype=bool)[start:end]
-        labels = np.where(loss, ids, np.int32(IGNORED))
-        return Encoded(ids, labels, self._sources[at], self._rows[at], at in self._cut)
+        return Encoded(ids, np.where(loss, ids, np.int32(IGNORED)), *place)
 
     def __iter__(self) -> Iterator[Encoded]:
         return (self[k] for k in range(len(self)))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from qlora_kit.data.task_examples import LabelledText, QuestionOnText, SourceTarget, TaggedWords, TaskExample
 from qlora_kit.errors import DataError
 
 Message = dict[str, Any]
@@ -65,30 +66,51 @@ class Conversation:
 
 
 Example = PlainText | PromptCompletion | Conversation
+AnyExample = Example | TaskExample
 
 
-def content_hash(example: Example) -> int:
+def content_hash(example: AnyExample) -> int:
     """64-bit hash of the whole row: equal for equal content, whichever schema it was written in."""
     return _digest(_canonical(example), b"")
 
 
-def split_key(example: Example, seed: int) -> int:
+def split_key(example: AnyExample, seed: int) -> int:
     """64-bit hash, seeded, of what comes before the last assistant turn (plain text: of all of it).
 
-    Rows with one prompt and several completions share a key, so a split by key never leaks a prompt.
+    Rows with one prompt and several completions share a key, so a split by key never leaks a prompt. Rows of the
+    other tasks share it with those that have the same text, question on the same context or not.
     """
     if isinstance(example, PromptCompletion):
         example = example.as_conversation()
     if isinstance(example, Conversation):
         example = Conversation(example.messages[: example.last_assistant()], example.tools)
+    elif not isinstance(example, PlainText):
+        return _digest(json.dumps(_asked(example)), seed.to_bytes(8, "little"))
     return _digest(_canonical(example), seed.to_bytes(8, "little"))
 
 
-def _canonical(example: Example) -> str:
+def _canonical(example: AnyExample) -> str:
     if isinstance(example, PlainText):
         return json.dumps(["text", example.text])
+    if not isinstance(example, PromptCompletion | Conversation):
+        return json.dumps([type(example).__name__, asdict(example)], sort_keys=True)
     chat = example.as_conversation() if isinstance(example, PromptCompletion) else example
     return json.dumps(["chat", chat.messages, chat.tools], sort_keys=True, default=str)
+
+
+def _asked(example: TaskExample) -> list[Any]:
+    """What of an example is there before it is answered."""
+    match example:
+        case LabelledText(text, pair):
+            return [text, pair]
+        case TaggedWords(words):
+            return list(words)
+        case QuestionOnText(context=context):
+            return [context]
+        case SourceTarget(source):
+            return [source]
+        case _:
+            return [example.path]
 
 
 def _digest(text: str, key: bytes) -> int:

@@ -28,12 +28,13 @@ class Encoded:
     Attributes:
         input_ids: int32 [tokens].
         labels: int32 [tokens], not shifted; -100 where a token carries no loss. The first is always -100, as
-            nothing predicts it.
+            nothing predicts it. Tasks other than causal language modelling have labels of their own here.
         source: index into the report's sources; -1 where unknown.
         row: row number in that source.
         truncated: tokens were cut off its end.
         silent_turns: assistant turns that carry no loss, because the template writes them otherwise than
             generation would have (reasoning stripped from earlier turns).
+        second: the token where the second of two texts starts; -1 where there is one.
     """
 
     input_ids: np.ndarray
@@ -42,6 +43,7 @@ class Encoded:
     row: int = 0
     truncated: bool = False
     silent_turns: int = 0
+    second: int = -1
 
     @property
     def loss_tokens(self) -> int:

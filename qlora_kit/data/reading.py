@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from qlora_kit.data.examples import Conversation, Example, PlainText, RowError
-from qlora_kit.data.masking import Encoded, encode
+from qlora_kit.data.examples import Conversation, PromptCompletion, RowError
+from qlora_kit.data.kinds import LANGUAGE, RowKind
+from qlora_kit.data.masking import Encoded
 from qlora_kit.data.report import SourceReport
-from qlora_kit.data.schemas import RowParser
 from qlora_kit.data.sources import RawRow, fingerprint, read_rows
 from qlora_kit.recipe import DataSection, DataSource
 
@@ -24,6 +24,7 @@ class SourceEncoder:
         section: the recipe's data section.
         tokenizer: with its chat template resolved.
         report: to count in; a new one, with the source's fingerprint, when left out.
+        kind: how rows are read and encoded.
     """
 
     def __init__(
@@ -33,15 +34,17 @@ class SourceEncoder:
         section: DataSection,
         tokenizer: Any,
         report: SourceReport | None = None,
+        kind: RowKind = LANGUAGE,
     ) -> None:
         self.index, self.source, self.section, self.tokenizer = index, source, section, tokenizer
-        self.parser = RowParser(section, source)
+        self.kind, self.parser = kind, kind.parser(section, source)
         self.report = report or SourceReport(source.path, fingerprint(source, streaming=section.streaming))
         special = [token for token in tokenizer.all_special_tokens if token.strip()]
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
 
-    def __call__(self, raw: RawRow) -> tuple[Encoded, Example] | None:
-        """The encoded row, or None where it was skipped and counted.
+    def __call__(self, raw: RawRow) -> list[tuple[Encoded, Any]]:
+        """The encoded row, or its windows where it is longer than the model reads at once; none where it was skipped
+        and counted.
 
         Raises:
             DataError: the row cannot be used, and the recipe says to stop there; names file and row.
@@ -53,34 +56,32 @@ class SourceEncoder:
                 raise raw.value
             example = self.parser.parse(raw.number, raw.value)
             self.report.schema = self.parser.schema
-            row = encode(example, self.tokenizer, self.section)
+            rows = self.kind.encode(example, self.tokenizer, self.section)
         except RowError as error:
             located = error.at(place)
             allowed = self.section.overlong if error.reason == "overlong" else self.section.bad_rows
             if allowed == "error":
                 raise located from None
             self.report.skip(located)
-            return None
-        self.report.silent_turns += row.silent_turns
+            return []
+        self.report.silent_turns += sum(row.silent_turns for row in rows)
         self.report.ignored_columns = list(self.parser.ignored_columns)
         if self._spells_special(example):
             self.report.note_control_tokens(place)
-        return replace(row, source=self.index, row=raw.number), example
+        return [(replace(row, source=self.index, row=raw.number), example) for row in rows]
 
-    def rows(self) -> Iterator[tuple[Encoded, Example]]:
+    def rows(self) -> Iterator[tuple[Encoded, Any]]:
         """All usable rows in order; `report.use` is left to the caller, who knows what a row is used for.
 
         Raises:
             DataError: see `__call__`, and for a source that cannot be read.
         """
         for raw in read_rows(self.source, streaming=self.section.streaming):
-            done = self(raw)
-            if done is not None:
-                yield done
+            yield from self(raw)
 
-    def _spells_special(self, example: Example) -> bool:
-        if self._special is None or isinstance(example, PlainText):  # plain text may be formatted on purpose
-            return False
+    def _spells_special(self, example: Any) -> bool:
+        if self._special is None or not isinstance(example, PromptCompletion | Conversation):
+            return False  # plain text may be formatted on purpose
         chat = example if isinstance(example, Conversation) else example.as_conversation()
         return any(self._special.search(message.get("content") or "") for message in chat.messages)
 

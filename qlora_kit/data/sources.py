@@ -3,46 +3,43 @@
 Row numbers are line numbers in JSONL, CSV and TSV (a CSV's header is line 1), and positions from 1 in
 JSON, Parquet and hub datasets. A row that cannot be read is handed on as a `RowError` in its place, so
 that one broken line can be skipped without losing the rest; a file that cannot be read raises.
+
+Formats that only some tasks have (CoNLL, SQuAD, parallel text, folders of images) are in `task_readers`.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.data.examples import RowError
+from qlora_kit.data.raw_rows import WHITE_SPACE, RawRow, existing, not_utf8, numbered_lines, text_file
+from qlora_kit.data.task_readers.choose import task_reader
+from qlora_kit.data.task_readers.squad import is_squad, squad_rows
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSource
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w.+\[\]:%-]+)?$")
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """A row as it stands in its source, or why it could not be read."""
-
-    number: int
-    value: dict[str, Any] | RowError
 
 
 def is_file_source(source: DataSource) -> bool:
-    """True for a path with one of ENDINGS, or one that exists; False for a hub id.
+    """True for a path with one of ENDINGS, one of a task's formats, or one that exists; False for a hub id.
 
     Raises:
         DataError: a revision of a file, a folder, a file of another kind, or neither a path nor a hub id.
     """
     path = Path(source.path)
-    if path.is_dir():
+    reads = task_reader(source.path) is not None
+    if path.is_dir() and not reads:
         raise DataError(f"{path} is a folder", allowed=f"one file ({', '.join(ENDINGS)})", fix="Name the file in it")
-    if path.suffix.lower() in ENDINGS:
+    if reads or path.suffix.lower() in ENDINGS:
         if source.revision is not None:
             problem = f"revision means a hub id's version; {path} is a file"
             raise DataError(problem, got=source.revision, fix="Leave revision out")
@@ -60,14 +57,16 @@ def read_rows(source: DataSource, *, streaming: bool = False) -> Iterator[RawRow
     """All rows of a source in order.
 
     Args:
-        source: a file, or a hub id (`owner/name`, with `:config` and `@split` where needed).
+        source: a file, two of parallel text, a folder of images, or a hub id (`owner/name`, with `:config` and
+            `@split` where needed).
         streaming: read a hub dataset over the network as it goes instead of downloading it first.
 
     Raises:
         DataError: the source is missing, empty, not UTF-8, or not of its kind.
     """
     if is_file_source(source):
-        rows = _file_rows(Path(source.path))
+        reader = task_reader(source.path)
+        rows = reader.rows() if reader else _file_rows(Path(source.path))
     else:
         from qlora_kit.data.hub import hub_rows
 
@@ -81,60 +80,49 @@ def read_rows(source: DataSource, *, streaming: bool = False) -> Iterator[RawRow
 
 
 def fingerprint(source: DataSource, *, streaming: bool = False) -> str:
-    """`sha256:...` of a file's bytes; of a hub dataset see `hub_fingerprint`.
+    """`sha256:...` of a file's bytes, or of names and bytes where there are several; of a hub dataset see
+    `hub_fingerprint`.
 
     Raises:
         DataError: the source is missing.
     """
     if is_file_source(source):
-        import hashlib
-
-        path = _existing(Path(source.path))
-        with path.open("rb") as file:
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        reader = task_reader(source.path)
+        return f"sha256:{_digest(reader.files() if reader else [Path(source.path)])}"
     from qlora_kit.data.hub import hub_fingerprint
 
     return hub_fingerprint(source, streaming)
 
 
+def _digest(files: list[Path]) -> str:
+    import hashlib
+
+    digests = {}
+    for path in files:
+        with existing(path).open("rb") as file:
+            digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    if len(files) == 1:
+        return digests[str(files[0])]
+    start = len(os.path.commonpath(files)) if files else 0  # a folder may move
+    return hashlib.sha256("".join(f"{path[start:]} {sha}\n" for path, sha in digests.items()).encode()).hexdigest()
+
+
 def _file_rows(path: Path) -> Iterator[RawRow]:
-    _existing(path)
-    with path.open("rb") as file:
-        head = file.read(2)
-    if head in _UTF16_MARKS:
-        raise DataError(
-            f"{path} is UTF-16, not UTF-8", fix=f"Convert it: iconv -f UTF-16 -t UTF-8 {path} > converted{path.suffix}"
-        )
     readers = {".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
-    return readers.get(path.suffix.lower(), _jsonl_rows)(path)
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise DataError(f"no file {path}", fix=f"Check the path; relative paths start at {Path.cwd()}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty (0 bytes)", fix="Check that it was written completely")
-    return path
+    return readers.get(path.suffix.lower(), _jsonl_rows)(text_file(path))
 
 
 def _jsonl_rows(path: Path) -> Iterator[RawRow]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield RawRow(number, _jsonl_value(line, path))
+    for number, line in numbered_lines(path):
+        if isinstance(line, RowError):
+            yield RawRow(number, line)
+        elif line.strip(WHITE_SPACE):
+            yield RawRow(number, _jsonl_value(line))
 
 
-def _jsonl_value(line: bytes, path: Path) -> dict[str, Any] | RowError:
+def _jsonl_value(line: str) -> dict[str, Any] | RowError:
     try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return RowError(
-            f"not UTF-8: byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line",
-            reason="not UTF-8",
-            fix=_convert(path),
-        )
+        value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         return RowError(f"broken JSON: {error}", reason="broken JSON", fix="Each line must hold one complete object")
     return _object(value)
@@ -154,11 +142,14 @@ def _json_rows(path: Path) -> Iterator[RawRow]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
-        raise _not_utf8(path) from None
+        raise not_utf8(path) from None
     except (json.JSONDecodeError, RecursionError) as error:
         lines = "Extra data" in str(error)
         fix = "It looks like JSON Lines: rename it to .jsonl" if lines else "Mend the place named above"
         raise DataError(f"{path}: broken JSON: {error}", fix=fix) from None
+    if is_squad(tree):
+        yield from squad_rows(tree)
+        return
     if isinstance(tree, dict):
         lists = {key: value for key, value in tree.items() if isinstance(value, list)}
         if len(lists) != 1:
@@ -187,7 +178,7 @@ def _csv_rows(path: Path) -> Iterator[RawRow]:
                     yield RawRow(start, _csv_value(header, cells))
                 start = reader.line_num + 1
     except UnicodeDecodeError:
-        raise _not_utf8(path) from None
+        raise not_utf8(path) from None
     except csv.Error as error:
         raise DataError(f"{path} row {start}: broken CSV: {error}", fix="Check the quotes from this line on") from None
 
@@ -223,18 +214,3 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
                     yield RawRow(number, value)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}", fix="Write it again") from None
-
-
-def _not_utf8(path: Path) -> DataError:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                byte = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
-                return DataError(f"{path} row {number}: not UTF-8: {byte}", fix=_convert(path))
-    return DataError(f"{path} is not UTF-8", fix=_convert(path))
-
-
-def _convert(path: Path) -> str:
-    return f"Convert the file, for example: iconv -f LATIN1 -t UTF-8 {path} > converted{path.suffix}"

@@ -77,11 +77,10 @@ class StreamedTrain:
                 continue
             self.draws += 1
             source, raw = drawn
-            done = self.encoders[source](raw)
-            if done is not None:
+            for row, _ in self.encoders[source](raw):  # of language modelling: one, or none
                 self._usable_in_epoch = True
-                self.encoders[source].report.use(done[0])
-                return done[0]
+                self.encoders[source].report.use(row)
+                return row
 
     def state_dict(self) -> dict[str, Any]:
         """The position and the counts so far, as plain data for JSON."""

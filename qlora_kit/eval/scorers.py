@@ -17,7 +17,7 @@ from qlora_kit.errors import EvalError
 from qlora_kit.export.verify import log_softmax
 from qlora_kit.generate import decode, generate_ids
 from qlora_kit.model.quantized import expanded
-from qlora_kit.train.loss import row_losses
+from qlora_kit.tasks.loss import row_losses
 
 RowLoss = tuple[float, int]
 """Summed loss in nats, and the tokens it was summed over."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
+from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -25,6 +29,19 @@ from qlora_kit.model.weights import first_line, refuse_missing_weights
 if not sys.stderr.isatty():  # a bar in a log file is noise
     transformers_logging.disable_progress_bar()
 
+
+@dataclass(frozen=True)
+class Architecture:
+    """Which of its models transformers makes of a base's weights."""
+
+    auto_class: str = "AutoModelForCausalLM"
+    config: dict[str, Any] = field(default_factory=dict)
+    """What its configuration says of the task: number and names of labels."""
+    fresh_head: bool = False
+    """Its head need not be among the base's weights: it is made new, and never quantized."""
+
+
+CAUSAL_LM = Architecture()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -37,6 +54,7 @@ def load_base(
     skip_modules: list[str] | None = None,
     trust_remote_code: bool = False,
     quantize_later: bool = False,
+    architecture: Architecture = CAUSAL_LM,
 ) -> PreTrainedModel:
     """The base model, in evaluation mode, nothing trainable.
 
@@ -46,13 +64,16 @@ def load_base(
         compute_dtype: of everything that is not quantized, and of activations.
         skip_modules: names of linear layers to leave unquantized, beside the head.
         quantize_later: load it whole; the adapter's method quantizes it (see `plan_quantization`).
+        architecture: which model is made; the weights of a fresh head are torch's random numbers.
 
     Raises:
-        ModelError: the folder cannot be read as a causal language model, or weights are missing in it.
+        ModelError: the folder cannot be read as such a model, or weights are missing in it.
     """
-    options: dict[str, Any] = {"dtype": compute_dtype, "device_map": {"": str(device)}}
+    options: dict[str, Any] = {"dtype": compute_dtype, "device_map": {"": str(device)}, **architecture.config}
+    if architecture.fresh_head:
+        skip_modules = [*(skip_modules or []), *head_modules(_empty(source, trust_remote_code, architecture))]
     now = "none" if quantize_later else quant
-    model = _from_pretrained(source, options, (now, double_quant), skip_modules, trust_remote_code)
+    model = _from_pretrained(source, options, (now, double_quant), skip_modules, trust_remote_code, architecture)
     replaced = own_quantized_layers(model)
     if now != "none" and not replaced:
         raise ModelError(f"base.model {source.reference} has no linear layer to quantize", fix="Set base.quant=none")
@@ -68,20 +89,24 @@ def _from_pretrained(
     quant: tuple[str, bool],
     skip_modules: list[str] | None,
     trust_remote_code: bool,
+    architecture: Architecture,
 ) -> PreTrainedModel:
     """The model as transformers loads it, whole or not at all."""
     kind, double_quant = quant
     try:
         if kind != "none":
-            keep = unquantized_names(_empty(source, trust_remote_code), skip_modules) if skip_modules else None
+            empty = _empty(source, trust_remote_code, architecture) if skip_modules else None
+            keep = unquantized_names(empty, skip_modules) if empty is not None and skip_modules else None
             options["quantization_config"] = _bitsandbytes_config(kind, double_quant, options["dtype"], keep)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        with _no_report():
+            loaded: Any = getattr(transformers, architecture.auto_class).from_pretrained(
+                source.folder,
+                use_safetensors=True,
+                ignore_mismatched_sizes=architecture.fresh_head,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ModelError(
             f"base.model {source.reference} does not fit into memory: {first_line(error)}",
@@ -90,15 +115,40 @@ def _from_pretrained(
     except Exception as error:  # transformers checks few fields of a configuration: anything may come of a wrong one
         raise ModelError(
             f"base.model {source.reference} cannot be loaded: {first_line(error)}",
-            fix="Check that the folder holds a causal language model and whole weight files",
+            fix=f"Check that the folder holds a model that {architecture.auto_class} takes, and whole weight files",
         ) from error
     model, info = loaded
-    refuse_missing_weights(info, source.reference)
+    refuse_missing_weights(info, source.reference, head_modules(model) if architecture.fresh_head else [])
     return model
 
 
-def load_tokenizer(folder: Any, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """transformers reports what is missing in a table of its own; here that is a fresh head, or an error."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules between the base model and the task's output: the head, and a pooler below it."""
+    heads = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+    pooler = f"{model.base_model_prefix}.pooler"
+    return [pooler, *heads] if isinstance(getattr(model.base_model, "pooler", None), nn.Module) else heads
+
+
+def load_tokenizer(folder: Any, trust_remote_code: bool = False, generates: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder, padding on the right; one without a pad token pads with eos.
+
+    Args:
+        generates: whether its model does, so that it needs an end-of-sequence token.
 
     Padding is never told from the pad id (it may be eos): the attention mask and the labels say it.
 
@@ -113,7 +163,7 @@ def load_tokenizer(folder: Any, trust_remote_code: bool = False) -> PreTrainedTo
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: only a slow tokenizer", fix="Save it with a tokenizer.json")
-    if tokenizer.eos_token_id is None:
+    if generates and tokenizer.eos_token_id is None:
         raise ModelError(f"{folder}: the tokenizer has no eos_token", fix="Set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -142,8 +192,22 @@ def _bitsandbytes_config(
     )
 
 
-def _empty(source: BaseSource, trust_remote_code: bool) -> PreTrainedModel:
-    """The model's modules, without weights."""
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+def _empty(source: BaseSource, trust_remote_code: bool, architecture: Architecture) -> PreTrainedModel:
+    """The model's modules, without weights.
+
+    Raises:
+        ModelError: transformers has no such model for the base's configuration.
+    """
+    auto_class = getattr(transformers, architecture.auto_class)
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(
+                source.folder, trust_remote_code=trust_remote_code, **architecture.config
+            )
+            model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+            return model
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(
+            f"base.model {source.reference} cannot be loaded: {first_line(error)}",
+            fix=f"Take a base that {architecture.auto_class} knows, or another task.type",
+        ) from error

@@ -65,17 +65,20 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def refuse_missing_weights(info: dict[str, Any], reference: str) -> None:
+def refuse_missing_weights(info: dict[str, Any], reference: str, fresh: list[str] | None = None) -> None:
     """transformers fills tensors that a file lacks with random numbers and only warns.
 
     Args:
         info: what `from_pretrained(..., output_loading_info=True)` gave.
+        fresh: modules whose weights may be made new.
 
     Raises:
         ModelError: a tensor is missing, or has another shape.
     """
-    missing = sorted(info["missing_keys"])
+    inside = tuple(f"{name}." for name in fresh or [])
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(inside))
     wrong = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info.get("mismatched_keys", ()))
+    wrong = [key for key in wrong if not key.startswith(inside)]
     if missing or wrong:
         name, what = (missing[0], "is missing in") if missing else (wrong[0], "has another shape in")
         more = f" (and {len(missing) + len(wrong) - 1} more)" if len(missing) + len(wrong) > 1 else ""

@@ -15,9 +15,10 @@ from qlora_kit.adapters.methods import METHODS, method_for
 from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.data.template import resolve_template
 from qlora_kit.errors import TrainingError
-from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
+from qlora_kit.model.load import DTYPES, Architecture, head_modules, load_base, load_tokenizer
 from qlora_kit.model.source import BaseSource
 from qlora_kit.recipe import Recipe
+from qlora_kit.tasks.task import Task
 from qlora_kit.train.checkpoint import newest_checkpoint
 from qlora_kit.train.determinism import seed_for
 from qlora_kit.train.optim import AdapterOptimizer, optimizer_maker
@@ -26,17 +27,23 @@ from qlora_kit.train.run_folder import RunFolder
 
 def prepared_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
     """The base's tokenizer with the run's new tokens and chat template: what trains, generates and ships."""
-    tokenizer = load_tokenizer(folder, recipe.base.trust_remote_code)
+    tokenizer = load_tokenizer(folder, recipe.base.trust_remote_code, recipe.task.answers_with_text)
     if recipe.adapter.new_tokens:
         tokenizer.add_tokens(recipe.adapter.new_tokens)
-    template = resolve_template(tokenizer, recipe.data)
+    template = resolve_template(tokenizer, recipe.data) if recipe.task.type == "causal_lm" else None
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
 
 
+def architecture_of(task: Task[Any]) -> Architecture:
+    """What transformers makes of a base for a task."""
+    return Architecture(task.auto_class, task.config(), task.fresh_head)
+
+
 def load_for_training(
     recipe: Recipe,
+    task: Task[Any],
     source: BaseSource,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
@@ -47,6 +54,7 @@ def load_for_training(
     Args:
         stored: folder of an adapter, where the method replaces the base: the one that it was trained on is made again.
     """
+    torch.manual_seed(seed_for(recipe.run.seed, "head"))
     model = load_base(
         source,
         recipe.base.quant,
@@ -56,11 +64,14 @@ def load_for_training(
         list(recipe.adapter.modules_to_save),
         recipe.base.trust_remote_code,
         quantize_later=METHODS[recipe.adapter.method].replaces_base,
+        architecture=architecture_of(task),
     )
+    model.config.pad_token_id = tokenizer.pad_token_id  # a decoder's head reads the last token before padding
     torch.manual_seed(seed_for(recipe.run.seed, "init"))
     if len(tokenizer) > cast(Tensor, model.get_input_embeddings().weight).shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    method = method_for(with_new_tokens(recipe.adapter, model))
+    settings = with_head(recipe.adapter, model) if task.fresh_head else recipe.adapter
+    method = method_for(with_new_tokens(settings, model))
     method.prepare(tokenizer)
     if stored is not None:
         method.read_beside(stored)
@@ -77,6 +88,14 @@ def stored_base(recipe: Recipe, run: RunFolder, resume: bool) -> Path | None:
         return None
     checkpoint, _ = newest_checkpoint(run.checkpoints)
     return checkpoint.adapter if checkpoint else None
+
+
+def with_head(settings: AdapterSettings, model: PreTrainedModel) -> AdapterSettings:
+    """The settings with the task's head among the modules to save."""
+    if settings.trains_all:
+        return settings
+    saved = list(dict.fromkeys([*settings.modules_to_save, *head_modules(model)]))
+    return settings.model_copy(update={"modules_to_save": saved})
 
 
 def with_new_tokens(settings: AdapterSettings, model: PreTrainedModel) -> AdapterSettings:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qlora_kit.data.masking import Encoded
 from qlora_kit.kernels.distill_loss import TeacherSays, chunked_distill_losses
 from qlora_kit.recipe import DistillSection
-from qlora_kit.train.loss import kept_logits, unwrapped
+from qlora_kit.tasks.loss import kept_logits, unwrapped
 
 Collate = Callable[[list[Encoded]], dict[str, Tensor]]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from qlora_kit.train.loss import row_losses
 from qlora_kit.train.session import Session
 
 
@@ -20,7 +19,7 @@ def evaluate_loss(session: Session, batches: int | None = None) -> tuple[float, 
     try:
         for start in starts[accelerator.process_index :: accelerator.num_processes]:
             batch = session.collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-            sums, tokens = row_losses(session.plain, batch)
+            sums, tokens = session.task.row_losses(session.plain, batch)
             total, count = total + sums.double().sum().item(), count + int(tokens.sum())
     finally:
         session.plain.train()

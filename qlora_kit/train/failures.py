@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from qlora_kit.data.masking import Encoded
 from qlora_kit.errors import TrainingError
-from qlora_kit.train.loss import row_losses
 from qlora_kit.train.session import Session
 
 
@@ -13,7 +12,7 @@ def not_finite(
 ) -> TrainingError:
     """Names the rows whose own loss is not finite; all of the step's where no single one is to blame."""
     rows = [row for micro_batch in micro_batches for row in micro_batch]
-    alone = [row_losses(session.plain, session.collate([row]))[0].isfinite().item() for row in rows]
+    alone = [session.task.row_losses(session.plain, session.collate([row]))[0].isfinite().item() for row in rows]
     wrong = [row for row, finite in zip(rows, alone) if not finite]
     if wrong or session.accelerator.num_processes == 1:
         wrong = wrong or rows

@@ -21,7 +21,6 @@ from qlora_kit.train.determinism import seed_for
 from qlora_kit.train.evaluation import evaluate_loss
 from qlora_kit.train.failures import not_finite, out_of_memory
 from qlora_kit.train.growth import resize_adapter
-from qlora_kit.train.loss import count_loss_tokens
 from qlora_kit.train.optim import clip_factor, gradient_norm, lr_at
 from qlora_kit.train.progress import Progress, QuietProgress
 from qlora_kit.train.resume import begin, resume_from_checkpoint
@@ -133,9 +132,9 @@ def train_step(session: Session, step: int) -> StepStats:
 
 
 def _count_tokens(session: Session, batches: list[Batch]) -> tuple[int, int]:
-    """(tokens, tokens that carry loss) of a step, over all processes."""
+    """(tokens, losses that count) of a step, over all processes."""
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    loss_tokens = sum(count_loss_tokens(batch["labels"]) for batch in batches)
+    loss_tokens = sum(session.task.count(batch) for batch in batches)
     counts = torch.tensor([tokens, loss_tokens], device=session.accelerator.device)
     tokens, loss_tokens = session.accelerator.reduce(counts).tolist()
     return tokens, loss_tokens
@@ -189,7 +188,7 @@ def _evaluate(session: Session, state: TrainState, progress: Progress) -> bool:
         state.best_loss, state.best_step, state.evals_without_gain = loss, state.step, 0
     elif may_ship:
         state.evals_without_gain += 1
-    _log(session, records.eval_record(state, loss, tokens, improved), progress)
+    _log(session, records.eval_record(state, loss, tokens, improved, session.task.perplexity), progress)
     return improved
 
 

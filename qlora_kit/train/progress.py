@@ -116,9 +116,8 @@ class LiveProgress(QuietProgress):
     def show(self, record: dict[str, Any]) -> None:
         if record["kind"] == "eval":
             best = " (best)" if record["best"] else ""
-            self._print(
-                f"step {record['step']}: eval loss {record['loss']:.4f}, perplexity {record['perplexity']:.3f}{best}"
-            )
+            perplexity = f", perplexity {record['perplexity']:.3f}" if "perplexity" in record else ""
+            self._print(f"step {record['step']}: eval loss {record['loss']:.4f}{perplexity}{best}")
             return
         norm = "overflow" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
         gpu = f"  GPU {record['gpu_bytes'] / 2**30:.2f} GiB" if record.get("gpu_bytes") else ""

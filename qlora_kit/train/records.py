@@ -45,13 +45,13 @@ def train_record(state: TrainState, stats: StepStats) -> dict[str, Any]:
     }
 
 
-def eval_record(state: TrainState, loss: float, tokens: int, improved: bool) -> dict[str, Any]:
+def eval_record(state: TrainState, loss: float, tokens: int, improved: bool, perplexity: bool = True) -> dict[str, Any]:
     """An `eval` line of metrics.jsonl."""
     return {
         "kind": "eval",
         "step": state.step,
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        **({"perplexity": math.exp(min(loss, 700.0))} if perplexity else {}),
         "loss_tokens": tokens,
         "best": improved,
     }
@@ -67,6 +67,7 @@ def at_start(session: Session) -> dict[str, Any]:
         "checkpoint": None,
         "total_steps": session.total_steps,
         "recipe_sha256": recipe_hash(session.recipe),
+        "task": {"type": session.task.settings.type, "labels": session.task.labels},
         "base": {
             "model": session.source.reference,
             "revision": session.source.revision,

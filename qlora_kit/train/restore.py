@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +14,10 @@ from qlora_kit.errors import RunError
 from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
 from qlora_kit.model.source import find_base
 from qlora_kit.recipe import Recipe
+from qlora_kit.tasks.registry import task_of
+from qlora_kit.tasks.task import Task
+from qlora_kit.train.adapted_model import architecture_of
+from qlora_kit.train.determinism import seed_for
 from qlora_kit.train.run_folder import RunFolder
 
 
@@ -24,7 +29,19 @@ def load_run_tokenizer(run: RunFolder) -> PreTrainedTokenizerBase:
     """
     if not run.tokenizer.is_dir():
         raise RunError(f"{run.path} has no tokenizer folder: it was never trained", fix="Train it first")
-    return load_tokenizer(run.tokenizer)
+    return load_tokenizer(run.tokenizer, generates=run.recipe().task.answers_with_text)
+
+
+def run_task(run: RunFolder) -> Task[Any]:
+    """The task of a run, with the labels that it was trained on.
+
+    Raises:
+        RunError: the run did not get that far.
+    """
+    settings, known = run.recipe().task, run.manifest().get("task")
+    if known is None and settings.type != "causal_lm":
+        raise RunError(f"{run.path} does not know its labels: it was never trained", fix="Train it first")
+    return task_of(settings, known["labels"] if known else [])
 
 
 def load_run_base(
@@ -42,7 +59,8 @@ def load_run_base(
     if trained_on not in (None, source.fingerprint()):
         raise RunError(f"{run.path} was trained on another model than {base.model} now holds", fix="Put its files back")
     skip = list(recipe.adapter.modules_to_save)
-    return load_base(
+    torch.manual_seed(seed_for(recipe.run.seed, "head"))
+    model = load_base(
         source,
         base.quant if quant is None else quant,
         base.double_quant,
@@ -51,7 +69,10 @@ def load_run_base(
         skip,
         base.trust_remote_code,
         quantize_later=quantize_later,
+        architecture=architecture_of(run_task(run)),
     )
+    model.config.pad_token_id = load_run_tokenizer(run).pad_token_id
+    return model
 
 
 def load_tuned(run: RunFolder, device: str | torch.device = "cpu", adapter: Path | None = None) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from qlora_kit.train.session import Session
 def write_samples(session: Session) -> None:
     """Greedy answers to the first held-out prompts; nothing where the rows are plain text, which asks nothing."""
     recipe, tokenizer = session.recipe, session.tokenizer
-    if not recipe.eval.samples:
+    if not recipe.eval.samples or recipe.task.type != "causal_lm":
         return
     try:
         rows = eval_rows(recipe.data, tokenizer, recipe.run.seed, recipe.eval.samples)

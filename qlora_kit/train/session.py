@@ -16,13 +16,14 @@ from qlora_kit.adapters.inject import trainable_parameters
 from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.prompt_tuning import virtual_tokens
 from qlora_kit.data.batches import TrainBatches
-from qlora_kit.data.collate import collate
 from qlora_kit.data.dataset import PreparedData, prepare
 from qlora_kit.data.masking import Encoded
 from qlora_kit.errors import DataError, TrainingError
 from qlora_kit.model.source import BaseSource, find_base
 from qlora_kit.recipe import Recipe
 from qlora_kit.recipe_file import recipe_to_tree
+from qlora_kit.tasks.registry import prepare_task
+from qlora_kit.tasks.task import Task
 from qlora_kit.train.adapted_model import (
     add_gradients_in_fp32,
     load_for_training,
@@ -33,7 +34,6 @@ from qlora_kit.train.adapted_model import (
 from qlora_kit.train.determinism import make_deterministic
 from qlora_kit.train.devices import make_accelerator, spread
 from qlora_kit.train.distill import Distillation
-from qlora_kit.train.loss import token_losses
 from qlora_kit.train.loss_scale import LossScale
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.run_folder import RunFolder
@@ -47,6 +47,7 @@ class Session:
     recipe: Recipe
     run: RunFolder
     accelerator: Accelerator
+    task: Task[Any]
     source: BaseSource
     tokenizer: PreTrainedTokenizerBase
     plain: PreTrainedModel
@@ -88,9 +89,9 @@ class Session:
         self.accelerator.end_training()
 
     def losses(self, batch: dict[str, Tensor], rows: list[Encoded]) -> Tensor:
-        """The loss of each token of a micro batch that carries loss, fp32; `rows` are what it was collated from."""
+        """The losses of a micro batch (of tokens, rows, tags: what the task counts), fp32; `rows` are its rows."""
         if self.distillation is None:
-            return token_losses(self.model, batch)[0]
+            return self.task.losses(self.model, batch)[0]
         return self.distillation.losses(self.model, batch, rows)
 
     def ask_teacher(self) -> None:
@@ -100,8 +101,8 @@ class Session:
                 self.distillation.teacher.prepare(self.data.train, self.collate)
 
     def collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
-        """int64 [batch, seq] tensors on the training device."""
-        batch = collate(rows, pad_id=self.tokenizer.pad_token_id)
+        """The task's batch, on the training device."""
+        batch = self.task.collate(rows, self.tokenizer)
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
 
@@ -116,9 +117,11 @@ def start_session(recipe: Recipe, run: RunFolder, resume: bool = False) -> Sessi
     with accelerator.main_process_first():  # it fills the caches that the others read
         source = find_base(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
         tokenizer = prepared_tokenizer(recipe, source.folder)
-        data = prepare(recipe.data, tokenizer, recipe.run.seed)
+        task = prepare_task(recipe.task, recipe.data)
+        data = prepare(recipe.data, tokenizer, recipe.run.seed, task)
     total_steps = count_steps(recipe, data, accelerator.num_processes)
-    model, method = load_for_training(recipe, source, tokenizer, accelerator.device, stored_base(recipe, run, resume))
+    stored = stored_base(recipe, run, resume)
+    model, method = load_for_training(recipe, task, source, tokenizer, accelerator.device, stored)
     _check_rows_fit(recipe, data, model)
     optimizer, notes = make_optimizer(recipe, trainable_parameters(model), accelerator.device, method.lr_factor)
     if recipe.train.grad_accum_steps > 1 and accelerator.num_processes == 1:
@@ -127,6 +130,7 @@ def start_session(recipe: Recipe, run: RunFolder, resume: bool = False) -> Sessi
         recipe=recipe,
         run=run,
         accelerator=accelerator,
+        task=task,
         source=source,
         tokenizer=tokenizer,
         plain=model,
@@ -159,7 +163,7 @@ def _make_batches(
 
 def _check_rows_fit(recipe: Recipe, data: PreparedData, model: PreTrainedModel) -> None:
     """Positions past a model's context are noise to it, or (GPT-2) not there at all."""
-    context: int = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    context = context_of(model)
     lengths = [rows.lengths().max() for rows in (data.train, data.eval) if len(rows)]
     longest = recipe.data.max_seq_len if recipe.data.streaming else int(max(lengths))
     virtual = virtual_tokens(model)
@@ -170,6 +174,15 @@ def _check_rows_fit(recipe: Recipe, data: PreparedData, model: PreTrainedModel) 
             f"rows of up to {longest} tokens, where the context of {recipe.base.model} holds {context}{beside}",
             fix=f"Set data.max_seq_len={room}" if room >= 8 else "Set fewer adapter.tokens",
         )
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Tokens that the model takes at once. RoBERTa and its kin begin to count positions after the padding's."""
+    config = model.config.get_text_config()
+    context: int = getattr(config, "max_position_embeddings", None) or 1 << 30
+    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(positions, "padding_idx", None)
+    return context if padding is None else context - padding - 1
 
 
 def count_steps(recipe: Recipe, data: PreparedData, processes: int) -> int:

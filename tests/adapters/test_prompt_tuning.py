@@ -24,7 +24,7 @@ from qlora_kit.cli import main
 from qlora_kit.errors import AdapterError
 from qlora_kit.export.reference import answer
 from qlora_kit.generate import context_length, generate_ids
-from qlora_kit.train.loss import token_losses
+from qlora_kit.tasks.loss import token_losses
 
 COUNT = 5
 FP32 = PromptTuningSettings(tokens=COUNT, dtype="fp32")

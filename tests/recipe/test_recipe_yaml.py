@@ -11,6 +11,7 @@ from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.errors import RecipeError
 from qlora_kit.recipe import Recipe
 from qlora_kit.recipe_file import changed_fields, dump_recipe, load_recipe, parse_recipe, recipe_hash, recipe_to_tree
+from qlora_kit.task_settings import CausalLmSettings
 
 SMALL = """\
 run: {name: small}
@@ -127,7 +128,8 @@ def test_any_text_survives_the_way_to_a_file_and_back(tmp_path: Path, text: str)
 def test_a_dumped_recipe_names_every_field(recipe_file: Path) -> None:
     tree = recipe_to_tree(load(recipe_file))
     for section, field in Recipe.model_fields.items():
-        model: Any = LoraSettings if section == "adapter" else field.annotation
+        default: Any = {"adapter": LoraSettings, "task": CausalLmSettings}
+        model = default.get(section, field.annotation)
         names = {inner.alias or name for name, inner in model.model_fields.items()}
         assert set(tree[section]) == names
 

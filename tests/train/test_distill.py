@@ -16,8 +16,8 @@ from tiny_runs import adapter_sha256, resume_here, tiny_recipe, train_here, unfi
 from qlora_kit.errors import ModelError, RecipeError
 from qlora_kit.model.load import load_base
 from qlora_kit.model.source import find_base
+from qlora_kit.tasks.loss import token_losses
 from qlora_kit.train.distill import hidden_of_loss_tokens
-from qlora_kit.train.loss import token_losses
 from qlora_kit.train.run_folder import RunFolder
 from qlora_kit.train.session import start_session
 

@@ -14,13 +14,13 @@ from tiny_runs import adapter_sha256, resume_here, tiny_recipe, tiny_tree, train
 
 from qlora_kit.errors import TrainingError
 from qlora_kit.recipe_file import parse_recipe
-from qlora_kit.train import evaluation, session
+from qlora_kit.tasks.causal_lm import CausalLm
 from qlora_kit.train.checkpoint import TrainState
 from qlora_kit.train.failures import not_finite
 from qlora_kit.train.progress import LiveProgress
 from qlora_kit.train.records import gpu_peak_since_last, keep_peaks
 from qlora_kit.train.run_folder import RunFolder
-from qlora_kit.train.session import start_session
+from qlora_kit.train.session import Session, start_session
 
 
 def fails_at_call(function: Any, number: int) -> Any:
@@ -37,19 +37,17 @@ def fails_at_call(function: Any, number: int) -> Any:
     return called
 
 
-FAILURES = [("session.token_losses", 7, 3), ("evaluation.row_losses", 3, 6)]
+FAILURES = [(Session, "losses", 7, 3), (CausalLm, "row_losses", 3, 6)]
 
 
-@pytest.mark.parametrize(("function", "call", "step"), FAILURES)
+@pytest.mark.parametrize(("owner", "name", "call", "step"), FAILURES)
 def test_memory_that_runs_out_is_told_with_what_to_do_and_the_run_goes_on(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, step: int
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, step: int
 ) -> None:
     """In the second micro batch of step 4, and in the evaluation after step 6."""
     expected = adapter_sha256(train_here(tiny_recipe(tmp_path, tiny_llama, run={"name": "whole"})).path)
     with monkeypatch.context() as patch:
-        module, name = function.split(".")
-        place = {"session": session, "evaluation": evaluation}[module]
-        patch.setattr(place, name, fails_at_call(getattr(place, name), call))
+        patch.setattr(owner, name, fails_at_call(getattr(owner, name), call))
         with pytest.raises(TrainingError, match=rf"too little memory on cpu after step {step}") as caught:
             train_here(tiny_recipe(tmp_path, tiny_llama))
     run = RunFolder(tmp_path / "runs" / "tiny")
@@ -72,7 +70,7 @@ def test_rows_that_a_stream_leaves_out_are_counted_and_told(
     rows[3] = json.dumps({"prompt": "stone", "completion": ""})
     path.write_text("\n".join(rows))
     if stops:
-        monkeypatch.setattr(session, "token_losses", fails_at_call(session.token_losses, 7))
+        monkeypatch.setattr(Session, "losses", fails_at_call(Session.losses, 7))
         with pytest.raises(TrainingError, match="too little memory"):
             train_here(parse_recipe(tree))
         monkeypatch.undo()

@@ -25,8 +25,8 @@ from qlora_kit.data.collate import collate
 from qlora_kit.data.dataset import prepare
 from qlora_kit.errors import TrainingError
 from qlora_kit.generate import generate_ids
+from qlora_kit.tasks.loss import row_losses
 from qlora_kit.train.loop import LOWEST_LOSS_SCALE, train_step
-from qlora_kit.train.loss import row_losses
 from qlora_kit.train.loss_scale import GROWTH_INTERVAL, LossScale
 from qlora_kit.train.optim import lr_at
 from qlora_kit.train.restore import load_run_tokenizer, load_tuned

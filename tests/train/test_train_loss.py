@@ -16,8 +16,8 @@ from torch import nn
 
 from qlora_kit.data.collate import collate
 from qlora_kit.data.masking import Encoded
+from qlora_kit.tasks.loss import count_loss_tokens, row_losses, token_losses
 from qlora_kit.train.loop import _count_tokens, _forward_backward
-from qlora_kit.train.loss import count_loss_tokens, row_losses, token_losses
 from qlora_kit.train.run_folder import RunFolder
 from qlora_kit.train.session import Session, start_session
 

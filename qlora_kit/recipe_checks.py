@@ -1,0 +1,63 @@
+"""Which fields of a recipe do not go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qlora_kit.recipe import Recipe
+
+
+def disagreements(recipe: Recipe) -> list[str]:
+    """One line for each; none where the recipe can be run."""
+    return [*_length_problems(recipe), *_choice_problems(recipe), *_task_problems(recipe)]
+
+
+def _length_problems(recipe: Recipe) -> list[str]:
+    train, data, problems = recipe.train, recipe.data, []
+    if (train.max_steps is None) == (train.epochs is None):
+        problems.append("train: give exactly one of max_steps and epochs")
+    if data.streaming and (train.max_steps is None or data.eval is None):
+        problems.append("data.streaming needs train.max_steps and data.eval: a stream has no known length to split")
+    if train.max_steps is not None and train.warmup_steps > train.max_steps:
+        fix = f"set train.warmup_steps to {train.max_steps} at most"
+        problems.append(f"train.warmup_steps {train.warmup_steps} is more than max_steps {train.max_steps}: {fix}")
+    if train.distill and recipe.adapter.new_tokens:
+        problems.append("train.distill cannot be had with adapter.new_tokens: the teacher does not know them")
+    if train.distill and train.distill.top_k and data.streaming:
+        problems.append("train.distill.top_k needs rows that are read first: leave it out, or data.streaming")
+    if recipe.adapter.trains_all and recipe.base.quant != "none":
+        got = f"got {recipe.base.quant}; codes cannot be trained"
+        problems.append(f"adapter.method {recipe.adapter.method} needs base.quant: none ({got})")
+    if train.early_stopping_patience and not train.eval_every:
+        problems.append("train.early_stopping_patience needs train.eval_every")
+    return problems
+
+
+def _task_problems(recipe: Recipe) -> list[str]:
+    """What only causal language modelling has."""
+    if recipe.task.type == "causal_lm":
+        return []
+    data, adapter = recipe.data, recipe.adapter
+    wrong = {
+        "data.streaming": data.streaming,
+        "data.chat_template": data.chat_template,
+        "data.system_prompt": data.system_prompt,
+        "data.schema": data.schema_ or any(source.schema_ for source in data.sources()),
+        "data.train_on: all": data.train_on == "all",
+        "train.distill": recipe.train.distill,
+        "eval.answer": recipe.eval.answer != "none",
+        "adapter.new_tokens": adapter.new_tokens,
+        "adapter.method: prompt_tuning": adapter.method == "prompt_tuning",
+    }
+    return [f"{field} needs task.type: causal_lm (got {recipe.task.type})" for field, got in wrong.items() if got]
+
+
+def _choice_problems(recipe: Recipe) -> list[str]:
+    section = recipe.eval
+    problems, choices = [], section.choices
+    if choices and section.answer != "choices":
+        problems.append(f"eval.choices needs eval.answer: choices (got {section.answer!r})")
+    if choices and len(set(choices)) < max(2, len(choices)):
+        problems.append(f"eval.choices: got {choices!r}; give at least two, each once")
+    return problems

@@ -1,0 +1,118 @@
+"""Sequence classification and regression: one head on the whole text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from qlora_kit.data.examples import RowError
+from qlora_kit.data.masking import Encoded
+from qlora_kit.data.task_examples import LabelledText
+from qlora_kit.errors import DataError
+from qlora_kit.recipe import DataSection
+from qlora_kit.task_settings import ClassificationSettings, RegressionSettings
+from qlora_kit.tasks.encoding import encode_texts
+from qlora_kit.tasks.task import S, Task, without_labels
+
+
+class _OneHead(Task[S]):
+    """A head on the whole text: a row's losses are one each."""
+
+    auto_class = "AutoModelForSequenceClassification"
+
+    def encode(self, example: LabelledText, tokenizer: PreTrainedTokenizerBase, section: DataSection) -> list[Encoded]:
+        return [encode_texts(example.text, example.pair, self.labels_of(example), tokenizer, section)]
+
+    def labels_of(self, example: LabelledText) -> np.ndarray:
+        """int32 [n]: what is kept of the example's label."""
+        raise NotImplementedError
+
+    def count(self, batch: Mapping[str, Tensor]) -> int:
+        return len(batch["labels"])
+
+
+class Classification(_OneHead[ClassificationSettings]):
+    """One label a row (softmax), or any number of them (a sigmoid each)."""
+
+    has_labels = True
+
+    def __init__(self, settings: ClassificationSettings, labels: Sequence[str] = ()) -> None:
+        super().__init__(settings, labels or settings.labels)
+        self.weights = torch.ones(len(self.labels))  # [labels]
+
+    def find_labels(self, examples: Sequence[LabelledText]) -> list[str]:
+        names = sorted({name for example in examples for name in _names(example)})
+        if len(names) < 2:
+            raise DataError(f"the training rows have {len(names)} label(s)", got=names, allowed="at least two")
+        return names
+
+    def weigh(self, examples: Sequence[LabelledText]) -> None:
+        """Equation of scikit-learn's `balanced`: rows / (labels * rows of the label); a label without rows weighs 1."""
+        wanted = self.settings.class_weights
+        if wanted == "balanced":
+            counts = Counter(name for example in examples for name in _names(example))
+            rows = sum(counts.values())
+            wanted = {name: rows / (len(self.labels) * count) for name, count in counts.items()}
+        if isinstance(wanted, dict):
+            if unknown := sorted(set(wanted) - set(self.labels)):
+                raise DataError("task.class_weights names no label", got=unknown, allowed=", ".join(self.labels))
+            self.weights = torch.tensor([wanted.get(name, 1.0) for name in self.labels])
+
+    def labels_of(self, example: LabelledText) -> np.ndarray:
+        for name in _names(example):
+            if name not in self.ids:
+                raise RowError(f"unknown label {name!r}", reason="unknown label", allowed=", ".join(self.labels))
+        if not self.settings.multi_label:
+            return np.array([self.ids[name] for name in _names(example)], dtype=np.int32)
+        return np.isin(self.labels, _names(example)).astype(np.int32)
+
+    def config(self) -> dict[str, Any]:
+        kind = "multi_label_classification" if self.settings.multi_label else "single_label_classification"
+        return {**super().config(), "problem_type": kind}
+
+    def label_tensor(self, rows: Sequence[Encoded]) -> Tensor:
+        """int64 [batch], or float32 [batch, labels] of 0 and 1 where a row may have several."""
+        labels = torch.from_numpy(np.stack([row.labels for row in rows]))
+        return labels.float() if self.settings.multi_label else labels[:, 0].long()
+
+    def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each row times its label's weight; of several labels the mean over them."""
+        logits, labels = model(**without_labels(batch)).logits.float(), batch["labels"]  # [batch, labels]
+        if self.settings.multi_label:
+            losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+        else:
+            losses = F.cross_entropy(logits, labels, reduction="none") * self.weights.to(logits.device)[labels]
+        return losses[:, None], torch.ones_like(losses[:, None], dtype=torch.bool)
+
+
+class Regression(_OneHead[RegressionSettings]):
+    """One number a row, squared error."""
+
+    def labels_of(self, example: LabelledText) -> np.ndarray:
+        """The bits of a float32, as int32 [1]."""
+        return np.array([example.label], dtype=np.float32).view(np.int32)
+
+    def config(self) -> dict[str, Any]:
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def label_tensor(self, rows: Sequence[Encoded]) -> Tensor:
+        """float32 [batch]."""
+        return torch.from_numpy(np.concatenate([row.labels.view(np.float32) for row in rows]))
+
+    def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        predicted = model(**without_labels(batch)).logits.float()  # [batch, 1]
+        losses = (predicted - batch["labels"][:, None]) ** 2
+        return losses, torch.ones_like(losses, dtype=torch.bool)
+
+
+def _names(example: LabelledText) -> tuple[str, ...]:
+    if isinstance(example.label, str):
+        return (example.label,)
+    return example.label if isinstance(example.label, tuple) else ()

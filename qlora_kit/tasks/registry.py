@@ -1,0 +1,57 @@
+"""Which task a recipe means, with the labels of its training rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_kit.data.examples import RowError
+from qlora_kit.data.sources import read_rows
+from qlora_kit.errors import DataError
+from qlora_kit.recipe import DataSection
+from qlora_kit.task_settings import TaskSettings
+from qlora_kit.tasks.causal_lm import CausalLm
+from qlora_kit.tasks.classification import Classification, Regression
+from qlora_kit.tasks.task import Task
+
+TASK_CLASSES: dict[str, type[Task[Any]]] = {
+    "causal_lm": CausalLm,
+    "classification": Classification,
+    "regression": Regression,
+}
+
+
+def task_of(settings: TaskSettings, labels: list[str]) -> Task[Any]:
+    """The task with labels that are known already."""
+    if settings.type not in TASK_CLASSES:
+        raise DataError(f"task.type {settings.type} is not available yet", allowed=", ".join(TASK_CLASSES))
+    return TASK_CLASSES[settings.type](settings, labels)
+
+
+def prepare_task(settings: TaskSettings, section: DataSection) -> Task[Any]:
+    """The task with the labels of its training rows, which are read for that once.
+
+    Raises:
+        DataError: a source cannot be read, or its labels make no task.
+    """
+    task = task_of(settings, list(getattr(settings, "labels", [])))
+    if not task.has_labels:
+        return task
+    examples = list(_examples(task, section))
+    if not task.labels:
+        task = task_of(settings, task.find_labels(examples))
+    task.weigh(examples)
+    return task
+
+
+def _examples(task: Task[Any], section: DataSection) -> Iterator[Any]:
+    """All training examples; rows that cannot be used are left to the reading that counts them."""
+    for source in section.sources():
+        parser = task.parser(section, source)
+        for raw in read_rows(source):
+            if isinstance(raw.value, RowError):
+                continue
+            try:
+                yield parser.parse(raw.number, raw.value)
+            except RowError:
+                continue
