@@ -66,7 +66,7 @@ def prepare(section: DataSection, tokenizer: Any, seed: int, kind: RowKind = LAN
         DataError: a source or row cannot be used (see `data.bad_rows`), or no row is left.
     """
     encoders = [SourceEncoder(k, source, section, tokenizer, kind=kind) for k, source in enumerate(section.sources())]
-    report = DataReport([encoder.report for encoder in encoders], template=tokenizer.chat_template)
+    report = DataReport([encoder.report for encoder in encoders], template=getattr(tokenizer, "chat_template", None))
     if section.streaming:
         return PreparedData(EncodedRows().seal(), prepare_eval(section, tokenizer, report, kind), report)
     rows, keys = _read_all(encoders, seed, kind)

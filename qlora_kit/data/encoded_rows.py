@@ -12,15 +12,17 @@ from qlora_kit.data.masking import IGNORED, Encoded
 
 
 class OwnLabels:
-    """Labels of rows, and where their second texts start, in flat arrays."""
+    """Labels of rows and where their second texts start, in flat arrays, and the paths of rows that are files."""
 
     def __init__(self) -> None:
         self._flat, self._ends, self.seconds = array("i"), array("q", [0]), array("i")
+        self.files: list[str] = []
 
     def append(self, row: Encoded) -> None:
         self._flat.frombytes(np.ascontiguousarray(row.labels, dtype=np.int32).tobytes())
         self._ends.append(len(self._flat))
         self.seconds.append(row.second)
+        self.files.append(row.file)
 
     def labels(self, at: int) -> np.ndarray:
         """int32 [labels] of the row at a place."""
@@ -81,7 +83,8 @@ class EncodedRows(Sequence[Encoded]):
         ids = np.frombuffer(self._ids, dtype=np.int32)[start:end]
         place = self._sources[at], self._rows[at], at in self._cut
         if self._own:
-            return Encoded(ids, self._own.labels(at), *place, second=self._own.seconds[at])
+            beside = {"second": self._own.seconds[at], "file": self._own.files[at]}
+            return Encoded(ids, self._own.labels(at), *place, **beside)
         loss = np.frombuffer(self._loss, dtype=bool)[start:end]
         return Encoded(ids, np.where(loss, ids, np.int32(IGNORED)), *place)
 

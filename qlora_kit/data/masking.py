@@ -35,6 +35,7 @@ class Encoded:
         silent_turns: assistant turns that carry no loss, because the template writes them otherwise than
             generation would have (reasoning stripped from earlier turns).
         second: the token where the second of two texts starts; -1 where there is one.
+        file: path of the image or sound that the row is, opened where a batch is made; empty where it is text.
     """
 
     input_ids: np.ndarray
@@ -44,6 +45,7 @@ class Encoded:
     truncated: bool = False
     silent_turns: int = 0
     second: int = -1
+    file: str = ""
 
     @property
     def loss_tokens(self) -> int:

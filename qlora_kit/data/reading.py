@@ -22,7 +22,7 @@ class SourceEncoder:
         index: index of the source in the report, kept in every Encoded.
         source: where the rows come from.
         section: the recipe's data section.
-        tokenizer: with its chat template resolved.
+        tokenizer: with its chat template resolved; a processor of images or sound for the tasks that have one.
         report: to count in; a new one, with the source's fingerprint, when left out.
         kind: how rows are read and encoded.
     """
@@ -39,7 +39,7 @@ class SourceEncoder:
         self.index, self.source, self.section, self.tokenizer = index, source, section, tokenizer
         self.kind, self.parser = kind, kind.parser(section, source)
         self.report = report or SourceReport(source.path, fingerprint(source, streaming=section.streaming))
-        special = [token for token in tokenizer.all_special_tokens if token.strip()]
+        special = [token for token in getattr(tokenizer, "all_special_tokens", []) if token.strip()]
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
 
     def __call__(self, raw: RawRow) -> list[tuple[Encoded, Any]]:

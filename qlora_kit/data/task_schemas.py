@@ -79,8 +79,8 @@ class TaskRowParser:
             place = f"{self.path} row {number}"
             self.columns = find_columns(self.settings.type, row, self.renamed, place, self.labelled)
             self.schema = f"{self.settings.type} ({', '.join(self.columns.values())})"
-        for column in row.keys() - set(self.columns.values()):
-            self.ignored_columns.setdefault(column)
+        used = set(self.columns.values())
+        self.ignored_columns |= {column: None for column in row if column not in used}
         return self._example(Cells(row, self.columns))
 
     def _example(self, cells: Cells) -> TaskExample:

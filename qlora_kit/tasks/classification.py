@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from qlora_kit.data.examples import RowError
 from qlora_kit.data.masking import Encoded
 from qlora_kit.data.task_examples import LabelledText
-from qlora_kit.errors import DataError
+from qlora_kit.data.task_labels import check_label, class_weights, names_of
 from qlora_kit.recipe import DataSection
 from qlora_kit.task_settings import ClassificationSettings, RegressionSettings
 from qlora_kit.tasks.encoding import encode_texts
@@ -47,31 +45,18 @@ class Classification(_OneHead[ClassificationSettings]):
         super().__init__(settings, labels or settings.labels)
         self.weights = torch.ones(len(self.labels))  # [labels]
 
-    def find_labels(self, examples: Sequence[LabelledText]) -> list[str]:
-        names = sorted({name for example in examples for name in _names(example)})
-        if len(names) < 2:
-            raise DataError(f"the training rows have {len(names)} label(s)", got=names, allowed="at least two")
-        return names
-
     def weigh(self, examples: Sequence[LabelledText]) -> None:
-        """Equation of scikit-learn's `balanced`: rows / (labels * rows of the label); a label without rows weighs 1."""
-        wanted = self.settings.class_weights
-        if wanted == "balanced":
-            counts = Counter(name for example in examples for name in _names(example))
-            rows = sum(counts.values())
-            wanted = {name: rows / (len(self.labels) * count) for name, count in counts.items()}
-        if isinstance(wanted, dict):
-            if unknown := sorted(set(wanted) - set(self.labels)):
-                raise DataError("task.class_weights names no label", got=unknown, allowed=", ".join(self.labels))
-            self.weights = torch.tensor([wanted.get(name, 1.0) for name in self.labels])
+        names = (name for example in examples for name in names_of(example))
+        weights = class_weights(self.settings.class_weights, names, self.labels)
+        self.weights = torch.tensor(weights, dtype=torch.float32)
 
     def labels_of(self, example: LabelledText) -> np.ndarray:
-        for name in _names(example):
-            if name not in self.ids:
-                raise RowError(f"unknown label {name!r}", reason="unknown label", allowed=", ".join(self.labels))
+        names = names_of(example)
+        for name in names:
+            check_label(name, self.labels, "label")
         if not self.settings.multi_label:
-            return np.array([self.ids[name] for name in _names(example)], dtype=np.int32)
-        return np.isin(self.labels, _names(example)).astype(np.int32)
+            return np.array([self.ids[name] for name in names], dtype=np.int32)
+        return np.isin(self.labels, names).astype(np.int32)
 
     def config(self) -> dict[str, Any]:
         kind = "multi_label_classification" if self.settings.multi_label else "single_label_classification"
@@ -110,9 +95,3 @@ class Regression(_OneHead[RegressionSettings]):
         predicted = model(**without_labels(batch)).logits.float()  # [batch, 1]
         losses = (predicted - batch["labels"][:, None]) ** 2
         return losses, torch.ones_like(losses, dtype=torch.bool)
-
-
-def _names(example: LabelledText) -> tuple[str, ...]:
-    if isinstance(example.label, str):
-        return (example.label,)
-    return example.label if isinstance(example.label, tuple) else ()

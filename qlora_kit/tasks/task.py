@@ -7,11 +7,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.data.collate import padded
 from qlora_kit.data.kinds import Parser
 from qlora_kit.data.masking import Encoded
+from qlora_kit.data.task_labels import collect_labels
 from qlora_kit.data.task_schemas import TaskRowParser
 from qlora_kit.recipe import DataSection, DataSource
 from qlora_kit.task_settings import TaskSettings
@@ -29,6 +30,7 @@ class Task(Generic[S]):
         has_labels: whether rows are given labels from a list.
         own_labels: whether labels are kept as they are (see `EncodedRows`).
         perplexity: whether the exponential of the loss means something.
+        processor: the Auto class of transformers that reads its files; empty where a tokenizer does.
     """
 
     auto_class: ClassVar[str]
@@ -36,6 +38,7 @@ class Task(Generic[S]):
     has_labels: ClassVar[bool] = False
     own_labels: ClassVar[bool] = True
     perplexity: ClassVar[bool] = False
+    processor: ClassVar[str] = ""
 
     def __init__(self, settings: S, labels: Sequence[str] = ()) -> None:
         self.settings, self.labels = settings, list(labels)
@@ -55,7 +58,7 @@ class Task(Generic[S]):
 
     def find_labels(self, examples: Sequence[Any]) -> list[str]:
         """The names of the labels of all training examples, in the order of the model's outputs."""
-        raise NotImplementedError
+        return collect_labels(examples, self.settings)
 
     def weigh(self, examples: Sequence[Any]) -> None:
         """Takes from all training examples what weighs their losses."""
@@ -81,6 +84,13 @@ class Task(Generic[S]):
     def count(self, batch: Mapping[str, Tensor]) -> int:
         """How many losses of a batch are counted, without computing them."""
         raise NotImplementedError
+
+    def size(self, batch: Mapping[str, Tensor]) -> int:
+        """What a run's `tokens` count of a batch."""
+        return int(batch["attention_mask"].sum())
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises DataError where the settings ask for more than the model can take."""
 
     @torch.no_grad()
     def row_losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
