@@ -57,7 +57,7 @@ def bootstrap_mean(
         EvalError: no rows, a value that is not finite, or an impossible `confidence` or `resamples`.
     """
     rows = _checked(values, name)
-    return _bootstrap(len(rows), lambda index: rows[index].mean(axis=-1), resamples, confidence, seed)
+    return bootstrap(len(rows), lambda index: rows[index].mean(axis=-1), resamples, confidence, seed)
 
 
 def bootstrap_ratio(
@@ -81,7 +81,7 @@ def bootstrap_ratio(
     """
     top, bottom = _checked_pair(numerators, denominators, f"{name} and its tokens")
     _check_positive(bottom, name)
-    return _bootstrap(
+    return bootstrap(
         len(top), lambda index: top[index].sum(axis=-1) / bottom[index].sum(axis=-1), resamples, confidence, seed
     )
 
@@ -145,7 +145,7 @@ def bootstrap_difference_of_ratios(
         b_ratio = b_top[index].sum(axis=-1) / b_bottom[index].sum(axis=-1)
         return np.asarray(transform(a_ratio) - transform(b_ratio))
 
-    return _bootstrap(len(a_top), difference, resamples, confidence, seed)
+    return bootstrap(len(a_top), difference, resamples, confidence, seed)
 
 
 def t_interval(values: ArrayLike, *, confidence: float = 0.95, name: str = "values") -> Interval:
@@ -185,7 +185,7 @@ def paired_t_interval(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95, n
     return t_interval(left - right, confidence=confidence, name=name)
 
 
-def _bootstrap(
+def bootstrap(
     rows: int, statistic: Callable[[NDArray[np.int64]], FloatArray], resamples: int, confidence: float, seed: int
 ) -> Interval:
     """`statistic` maps row indices [resamples, rows] to [resamples]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
@@ -11,6 +12,7 @@ from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qlora_kit.errors import EvalError
@@ -81,6 +83,26 @@ def test_perplexity_weighs_tokens() -> None:
     assert found == {"perplexity": pytest.approx(math.exp(11 / 14)), "loss": pytest.approx(11 / 14), "loss_tokens": 14}
 
 
+COLUMNS: dict[str, dict[str, list]] = {
+    "perplexity": {"loss": [1.0, 2.0], "loss_tokens": [2, 3]},
+    "last_number": {"predictions": ["1", "2"], "references": ["1", "3"]},
+    "seqeval": {"predictions": [["B-X"], ["O"]], "references": [["B-X"], ["B-Y"]]},
+    **{name: {"predictions": [1.0, 2.0], "references": [1.0, 3.0]} for name in ("mse", "pearson", "spearman")},
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_gives_its_headline_offline_in_plain_numbers(name: str) -> None:
+    found = compute_metric(name, **COLUMNS.get(name, {"predictions": ["a b", "c d"], "references": ["a b", "c e"]}))
+    assert isinstance(found[METRICS[name].headline], float)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_columns_may_be_arrays() -> None:
+    rows = {"predictions": np.array([0, 1, 2]), "references": np.array([0, 1, 1])}
+    assert compute_metric("accuracy", **rows)["correct"] == compute_metric("f1", **rows)["correct"] == [1, 1, 0]
+
+
 def test_batches_add_up() -> None:
     metric = load_metric("exact_match")
     metric.add_batch(predictions=["a"], references=["a"])
@@ -92,9 +114,9 @@ def test_batches_add_up() -> None:
     ("name", "inputs", "match"),
     [
         (
-            "bleu",
+            "gleu",
             {"predictions": ["a"], "references": ["a"]},
-            "Allowed: accuracy, exact_match, last_number, perplexity",
+            "Allowed: accuracy, bleu, cer, .*perplexity",
         ),
         ("accuracy", {"predictions": [], "references": []}, "no rows"),
         ("accuracy", {}, "no rows"),
