@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?=
+TASKS ?=
+TASK_DATA ?=
 RECIPE ?= smollm2-sentiment
 
 .PHONY: setup demo demo-data train eval export bench test test-all lint clean
@@ -24,7 +26,7 @@ train: demo-data
 	$(BIN)/qlora-kit train $(RECIPE)
 
 eval: setup
-	$(BIN)/qlora-kit eval $(RUN)
+	$(BIN)/qlora-kit eval $(RUN) $(if $(TASKS),--tasks $(TASKS)) $(if $(TASK_DATA),--task-data $(TASK_DATA))
 
 export: setup
 	$(BIN)/qlora-kit export $(RUN)

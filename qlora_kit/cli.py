@@ -63,14 +63,10 @@ def run_plan(options: argparse.Namespace) -> None:
 def run_data(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from qlora_kit.data.show import show
-    from qlora_kit.model.source import find_base
     from qlora_kit.recipe_file import load_recipe
-    from qlora_kit.train.adapted_model import prepared_tokenizer
+    from qlora_kit.train.show_rows import show_rows
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    source = find_base(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code, weights=False)
-    show(recipe.data, prepared_tokenizer(recipe, source.folder), options.rows, Console(), recipe.run.seed)
+    show_rows(load_recipe(options.recipe, options.overrides), options.rows, Console())
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -102,15 +98,34 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> None:
+    from qlora_kit.eval.harness.command import eval_command
+    from qlora_kit.report import write_report
+
+    write_report(eval_command(options, options.run or last_run()))
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    from qlora_kit.eval.compare import compare_command
+
+    compare_command(options)
+
+
+def run_predict(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from qlora_kit.eval.run import evaluate_run
-    from qlora_kit.report import write_report
+    from qlora_kit.eval.predict import predict
     from qlora_kit.train.run_folder import RunFolder
 
-    run = RunFolder.open(options.run or last_run())
-    evaluate_run(run, Console(), options.forms, options.rows)
-    write_report(run.path)
+    predict(
+        RunFolder.open(options.run or last_run()),
+        options.input,
+        Path(options.output),
+        Console(stderr=True),
+        form=options.form,
+        batch_size=options.batch_size,
+        bad_rows=options.bad_rows,
+        overwrite=options.overwrite,
+    )
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -168,6 +183,8 @@ VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "data": run_data,
     "train": run_train,
     "eval": run_eval,
+    "compare": run_compare,
+    "predict": run_predict,
     "export": run_export,
     "generate": run_generate,
     "report": run_report,

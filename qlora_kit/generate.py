@@ -43,7 +43,7 @@ def generate_ids(
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     ids = torch.tensor([prompt_ids], device=model.device)
     generate: Any = model.generate
-    with _plain_generation(model):
+    with plain_generation(model):
         output = generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -58,7 +58,7 @@ def generate_ids(
 
 
 @contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     """Without the defaults that a model ships (penalties, lengths), so that greedy is greedy in every form of it."""
     shipped = model.generation_config
     model.generation_config = GenerationConfig()

@@ -34,6 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     _data(_verb(verbs, "data", "look at the rows a recipe trains on"))
     _train(_verb(verbs, "train", "fine-tune; makes a run folder"))
     _eval(_verb(verbs, "eval", "score base, tuned, merged and bundles on the same held-out rows"))
+    _predict(_verb(verbs, "predict", "answer every row of a file"))
+    _compare(_verb(verbs, "compare", "set evaluated runs side by side"))
     _export(_verb(verbs, "export", "merge, write ONNX bundles, and prove them"))
     _generate(_verb(verbs, "generate", "let a run, a bundle or a base model answer"))
     _add_run(_verb(verbs, "report", "write a run's report.html again"))
@@ -66,7 +68,28 @@ def _train(parser: argparse.ArgumentParser) -> None:
 def _eval(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     parser.add_argument("--forms", metavar="A,B", type=_names, help="only these forms, e.g. base,tuned,bundle_int8")
-    parser.add_argument("--rows", type=_number(int, 1), help="at most this many rows")
+    parser.add_argument("--rows", type=_number(int, 1), help="at most this many held-out rows")
+    parser.add_argument("--tasks", metavar="A,B", type=_names, help="lm-eval's benchmarks instead, e.g. mmlu,gsm8k")
+    parser.add_argument("--task-data", metavar="FOLDER", help="their rows from files in this folder, not from the hub")
+    parser.add_argument("--limit", type=_number(int, 1), help="the first so many rows of each task")
+    parser.add_argument("--few-shot", type=_number(int, 0), help="examples in the prompt (default: the task's number)")
+
+
+def _predict(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--input", required=True, metavar="FILE", help="rows to answer; they need no label")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help=".csv or .jsonl; goes on with an unfinished one"
+    )
+    parser.add_argument("--form", default="tuned", help="base, tuned (default), merged, bundle_int8, ...")
+    parser.add_argument("--batch-size", type=_number(int, 1), help="rows of one forward pass (default: the recipe's)")
+    parser.add_argument("--bad-rows", choices=["error", "skip"], default="error", help="stop at one, or count it")
+    parser.add_argument("--overwrite", action="store_true", help="begin again where the output exists")
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the others are compared with the first")
+    parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def _export(parser: argparse.ArgumentParser) -> None:

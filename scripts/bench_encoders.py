@@ -35,10 +35,10 @@ class Bench:
 
 
 BENCHES = {
-    "sentiment": Bench("classification", "sentiment/train.jsonl", "sentiment/eval.jsonl", 300, "accuracy"),
-    "banking77": Bench("classification", "banking77/train.csv", "banking77/test.csv", 600, "accuracy"),
-    "wnut17": Bench("tagging", "wnut17/wnut17train.conll", "wnut17/emerging.test.annotated", 300, "span_f1"),
-    "addresses": Bench("tagging", "addresses.jsonl", "addresses-eval.jsonl", 300, "span_f1"),
+    "sentiment": Bench("classification", "sentiment/train.jsonl", "sentiment/eval.jsonl", 200, "accuracy"),
+    "banking77": Bench("classification", "banking77/train.csv", "banking77/test.csv", 400, "accuracy"),
+    "wnut17": Bench("tagging", "wnut17/wnut17train.conll", "wnut17/emerging.test.annotated", 200, "span_f1"),
+    "addresses": Bench("tagging", "addresses.jsonl", "addresses-eval.jsonl", 200, "span_f1"),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "nf4, lora": {"adapter.method": "lora", "adapter.rank": 16, "adapter.alpha": 32, "train.lr": 1e-3},

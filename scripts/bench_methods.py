@@ -12,23 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from bench_runs import RESULTS, against, environment, hardware_line, manifest, train_run, write
 
-VARIANTS: dict[str, list[str]] = {
-    "lora": [],
-    "lora, rank 4": ["adapter.rank=4", "adapter.alpha=8.0"],
-    "rslora": ["adapter.use_rslora=true", "adapter.alpha=8.0"],  # the same scaling at rank 16
-    "lora+": ["adapter.lr_ratio=16.0", "train.lr=1e-4"],
-    "dora": ["adapter.method=dora"],
-    "dora, rank 4": ["adapter.method=dora", "adapter.rank=4", "adapter.alpha=8.0"],
-    "pissa": ["adapter.method=pissa"],
-    "loftq": ["adapter.method=loftq"],
-    "adalora": ["adapter.method=adalora"],
-    "sora": ["adapter.method=sora"],
-    "bottleneck": ["adapter.method=bottleneck"],
-    "prompt tuning": ["adapter.method=prompt_tuning", "train.lr=3e-2"],
-    "lora, distilled": ["train.distill={teacher: base, temperature: 1.0}"],
-    "full, 16 bit": ["adapter.method=full", "base.quant=none", "train.lr=1e-5"],
+from qlora_kit.recipe_file import load_recipe, recipe_to_tree
+
+LORA: dict[str, Any] = {"rank": 16, "alpha": 32}
+VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {  # the recipe's adapter section, and overrides
+    "lora": (LORA, []),
+    "lora, rank 4": ({"rank": 4, "alpha": 8}, []),
+    "rslora": ({**LORA, "use_rslora": True, "alpha": 8}, []),  # the same scaling at rank 16
+    "lora+": ({**LORA, "lr_ratio": 16.0}, ["train.lr=1e-4"]),
+    "dora": ({**LORA, "method": "dora"}, []),
+    "dora, rank 4": ({"method": "dora", "rank": 4, "alpha": 8}, []),
+    "pissa": ({**LORA, "method": "pissa"}, []),
+    "loftq": ({**LORA, "method": "loftq"}, []),
+    "adalora": ({**LORA, "method": "adalora"}, []),
+    "sora": ({**LORA, "method": "sora"}, []),
+    "bottleneck": ({"method": "bottleneck"}, []),
+    "prompt tuning": ({"method": "prompt_tuning"}, ["train.lr=3e-2"]),
+    "lora, distilled": (LORA, ["train.distill={teacher: base, temperature: 1.0}"]),
+    "full, 16 bit": ({"method": "full"}, ["base.quant=none", "train.lr=1e-5"]),
 }
 ROWS = 4  # a step
 
@@ -41,6 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--eval-rows", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one run (default 1)")
+    parser.add_argument("--note", default="", help="a sentence written under the table")
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_methods"), help="where the runs lie")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are written")
     options = parser.parse_args()
@@ -54,6 +59,10 @@ def main() -> None:
 
 
 def _train(options: argparse.Namespace, held_out: Path, name: str, seed: int) -> Path:
+    adapter, more = VARIANTS[name]
+    tree = recipe_to_tree(load_recipe("smollm2-gsm8k"))
+    recipe = options.runs / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**tree, "adapter": adapter}), encoding="utf-8")
     overrides = [
         f"data.train={options.data / 'train.jsonl'}",
         f"data.eval={held_out}",
@@ -62,10 +71,10 @@ def _train(options: argparse.Namespace, held_out: Path, name: str, seed: int) ->
         f"train.max_steps={options.steps}",
         f"train.warmup_steps={min(10, options.steps // 4)}",
         f"train.micro_batch_size={ROWS}",
-        *VARIANTS[name],
+        *more,
     ]
     folder = name.replace(", ", "-").replace(" ", "-").replace("+", "-plus")
-    return train_run("smollm2-gsm8k", f"{folder}-seed{seed}", options.runs, overrides)
+    return train_run(str(recipe), f"{folder}-seed{seed}", options.runs, overrides)
 
 
 def _report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]], env: dict[str, Any]) -> None:
@@ -82,8 +91,8 @@ def _report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]
         f"token on {options.eval_rows} test rows, seeds {options.seeds}. Brackets are paired 95% t intervals.\n\n"
         "| method | held-out loss | against lora | trained weights at the start | peak memory, GiB | tokens/s |\n"
         "|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"`python scripts/bench_methods.py --data PATH/gsm8k --steps {options.steps}` on " + hardware_line(env)
-    )
+        f"`python scripts/bench_methods.py --data PATH/gsm8k --steps {options.steps}` on {hardware_line(env)}"
+    ) + (f"\n{options.note}\n" if options.note else "")
     tree = {"seeds": options.seeds, "steps": options.steps, "results": results, **env}
     write("methods_gsm8k", tree, table, options.out)
 

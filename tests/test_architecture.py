@@ -45,6 +45,7 @@ LAYERS = {  # part of qlora_kit: the parts it may import, besides itself, errors
         "generate",
         "report",
         "adapter_tools",
+        "tasks",
     },
 }
 OF_DATA = {"DataSection", "DataSource"}  # all of the recipe that data may see

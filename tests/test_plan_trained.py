@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.methods import METHODS
 from qlora_kit.adapters.settings import LoraSettings
+from qlora_kit.errors import AdapterError
 from qlora_kit.plan import plan
 from qlora_kit.plan.memory import optimizer_bytes
 
@@ -89,10 +90,11 @@ def test_methods_beside_the_low_rank_ones(kind: str, options: dict[str, Any], me
     model, config = tiny_model(kind, options)
     assert isinstance(model, PreTrainedModel)
     recipe = recipe_of(adapter={"method": method}, base={"model": "tiny", "quant": "none"})
-    found = plan(recipe, config)
     if method == "bitfit" and not any(name.endswith("bias") for name, _ in model.named_parameters()):
-        assert found.trainable_parameters == 0
+        with pytest.raises(AdapterError, match=rf"nothing would be trained, as this {kind} model has no biases\. Take"):
+            plan(recipe, config)
         return
+    found = plan(recipe, config)
     stored = [] if method == "prompt_tuning" else None  # a model without weights has no vectors to start from
     assert METHODS[method](recipe.adapter).inject(model, stored) == found.targets
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
@@ -118,3 +120,26 @@ def test_methods_that_prune(method: str) -> None:
     own.after_step(model, 1, 100, 0.1)
     kept = sum(tensor.numel() * tensor.element_size() for tensor in own.state().values())
     assert parts(found).get("kept from step to step", 0) == kept and (kept > 0) == (method == "adalora")
+
+
+def test_the_squares_that_dora_keeps_count() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA))
+    recipe = recipe_of(adapter={"method": "dora", "rank": 4})
+    METHODS["dora"](recipe.adapter).inject(model)
+    kept = sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith("row_squares"))
+    assert parts(plan(recipe, LLAMA | {"model_type": "llama"}))["kept from step to step"] == kept > 0
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa"])
+def test_a_tied_head_that_gets_an_adapter_is_copied(method: str) -> None:
+    options = LLAMA | {"tie_word_embeddings": True}
+    adapter = {"method": method, "rank": 4, "target_modules": ["lm_head", "q_proj"]}
+    recipe = recipe_of(base={"model": "tiny", "quant": "none"}, adapter=adapter)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **options), dtype=torch.bfloat16)
+    METHODS[method](recipe.adapter).inject(model)
+    found = parts(plan(recipe, options | {"model_type": "llama"}))
+    names = ("linear layers", "embeddings", "output head", "norms and biases")
+    assert sum(found[name] for name in names) == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    assert found["output head"] == 2 * 160 * 96
+    alone = recipe_of(base={"model": "tiny", "quant": "none"}, adapter=adapter | {"target_modules": ["q_proj"]})
+    assert parts(plan(alone, options | {"model_type": "llama"}))["output head"] == 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qlora_runtime.reference import Reference, ReferencePrompt, Tolerance, read_reference, write_reference
     from qlora_runtime.sampling import Sampling
     from qlora_runtime.schema import FileRecord, Manifest, ModelInfo, Provenance, Verification, read_manifest
+    from qlora_runtime.task_bundle import TaskBundle
     from qlora_runtime.verify import Report, compare, verify_directory
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _HOME = {
     "Report": "verify",
     "Sampling": "sampling",
     "TextStream": "generate",
+    "TaskBundle": "task_bundle",
     "Tolerance": "reference",
     "Verification": "schema",
     "check_files": "manifest",
@@ -60,6 +62,7 @@ __all__ = [
     "ReferencePrompt",
     "Report",
     "Sampling",
+    "TaskBundle",
     "TextStream",
     "Tolerance",
     "Verification",

@@ -9,12 +9,19 @@ import numpy.typing as npt
 
 from qlora_runtime.chat import ChatTemplate, Message, load_chat_template
 from qlora_runtime.decoder import Decoder, Decoding, FloatArray, Int64Array, read_cache_shape
-from qlora_runtime.errors import ArgumentError, ChatTemplateError, ForeignFileError, PromptTooLongError
+from qlora_runtime.errors import (
+    ArgumentError,
+    ChatTemplateError,
+    ForeignFileError,
+    PromptTooLongError,
+    WrongTaskError,
+)
 from qlora_runtime.manifest import GRAPH, TOKENIZER, check_files
 from qlora_runtime.padding import checked_ids, checked_mask
 from qlora_runtime.sampling import Sampler, Sampling
 from qlora_runtime.schema import Manifest, ModelInfo
 from qlora_runtime.strict_json import JsonObject, load_object
+from qlora_runtime.task import VERBS
 from qlora_runtime.tokenizer import TextTokenizer
 
 
@@ -45,12 +52,18 @@ class Bundle:
             threads: CPU threads for the model; None leaves the choice to onnxruntime.
 
         Raises:
+            WrongTaskError: it is a bundle for another task, see `TaskBundle`.
             BundleError: the kind that says what is wrong, see `check_files` and `errors`.
         """
         if threads is not None and threads < 1:
             raise ArgumentError(f"threads is {threads}, allowed are None and integers of at least 1.")
         directory = Path(path)
         manifest = check_files(directory, hashes=check_hashes)
+        if manifest.task is not None:
+            raise WrongTaskError(
+                f"{directory} is a bundle for {manifest.task.type}, which does not generate. Open it with "
+                f"TaskBundle.open, or use qlora-runtime {VERBS[manifest.task.type]}."
+            )
         genai_config = load_object(directory / "genai_config.json")
         _check_same_model(genai_config, manifest.model)
         return cls(

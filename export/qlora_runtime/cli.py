@@ -1,4 +1,4 @@
-"""The command line: qlora-runtime info|verify|generate|chat BUNDLE.
+"""The command line: qlora-runtime VERB BUNDLE.
 
 Exit codes: 0 well; 1 the bundle did not pass verification; 2 an error, told in one line on stderr.
 onnxruntime is loaded inside the verbs, so that --help answers at once.
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlora-runtime", description="Check and run an ONNX bundle on a CPU."
     )
-    verbs = parser.add_subparsers(required=True, metavar="info|verify|generate|chat")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     info = _verb(verbs, "info", run_info, "say what the bundle is; loads no model")
     info.add_argument("--json", action="store_true", help="print the manifest's facts as JSON")
@@ -59,6 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
     chat = _verb(verbs, "chat", run_chat, "talk with the model; an empty line or Ctrl-D ends")
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     _add_sampling(chat)
+
+    _add_task_verb(verbs, "classify", "give texts their labels", "text", "pair")
+    _add_task_verb(verbs, "rate", "give texts their numbers", "text", "pair")
+    _add_task_verb(verbs, "tag", "tag the words of sentences, and join them to spans", "text")
+    _add_task_verb(verbs, "answer", "find the answers to questions in their contexts", "question", "context")
     return parser
 
 
@@ -107,6 +112,38 @@ def run_chat(options: argparse.Namespace) -> int:
     sampling = sampling_from(options)
     converse(open_for_use(options), options.system, sampling)
     return PASSED
+
+
+def _add_task_verb(verbs: Any, name: str, about: str, *fields: str) -> None:
+    """A verb that asks about one text, given by the options `fields`, or about a file of rows."""
+
+    def run(options: argparse.Namespace) -> int:
+        from qlora_runtime.errors import ArgumentError
+        from qlora_runtime.task_console import run_task_verb
+
+        given = [field for field in fields if getattr(options, field) is not None]
+        if (options.input is None) == (not given):
+            raise ArgumentError(f"give either --input, or {' and '.join(f'--{field}' for field in fields)}.")
+        run_task_verb(options, name)
+        return PASSED
+
+    parser = _verb(verbs, name, run, about)
+    for field in fields:
+        parser.add_argument(f"--{field}", metavar="TEXT")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="rows, .csv or .jsonl")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help=".csv or .jsonl (default: lines to stdout)"
+    )
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="where --input has a field; repeatable",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows at once (default 16)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: onnxruntime's choice)")
+    parser.add_argument("--no-hashes", action="store_true", help="compare file sizes only when opening")
 
 
 def _verb(verbs: Any, name: str, run: Verb, about: str) -> argparse.ArgumentParser:

@@ -14,7 +14,9 @@ from qlora_runtime.errors import ArgumentError
 from qlora_runtime.generate import TextStream, generate, stream_text
 from qlora_runtime.sampling import Sampling
 from qlora_runtime.schema import Manifest, Verification
-from qlora_runtime.verify import NO_GREEDY_TOKEN, Report
+from qlora_runtime.task import task_to_json
+from qlora_runtime.task_verify import TaskReport
+from qlora_runtime.verify import Report
 
 
 def sampling_from(options: argparse.Namespace) -> Sampling:
@@ -33,10 +35,14 @@ def sampling_from(options: argparse.Namespace) -> Sampling:
 def open_for_use(options: argparse.Namespace) -> Bundle:
     """The bundle, with a warning on stderr where it is not known to answer as the trained model."""
     bundle = Bundle.open(options.bundle, check_hashes=not options.no_hashes, threads=options.threads)
-    verification = bundle.manifest.verification
-    if verification is None or not verification.passed:
-        print(f"qlora-runtime: warning: this bundle {_state(verification)}.", file=sys.stderr)
+    warn_unverified(bundle.manifest)
     return bundle
+
+
+def warn_unverified(manifest: Manifest) -> None:
+    """A line on stderr where a bundle is not known to answer as the trained model."""
+    if manifest.verification is None or not manifest.verification.passed:
+        print(f"qlora-runtime: warning: this bundle {_state(manifest.verification)}.", file=sys.stderr)
 
 
 def as_messages(system: str | None, user: str) -> list[Message]:
@@ -112,6 +118,7 @@ def print_info(manifest: Manifest, as_json: bool) -> None:
     size_bytes = sum(record.bytes for record in manifest.files.values())
     facts = {
         "model": f"{model.architecture}, vocabulary {model.vocab_size}, context {model.context_length}",
+        "task": "causal_lm" if manifest.task is None else _one_line(task_to_json(manifest.task)),
         "profile": manifest.profile,
         "created": manifest.created,
         "files": f"{len(manifest.files)}, {size_bytes / 2**20:.1f} MiB",
@@ -124,19 +131,15 @@ def print_info(manifest: Manifest, as_json: bool) -> None:
         print(f"{name:<13}{fact}")
 
 
-def print_report(report: Report, as_json: bool) -> None:
+def print_report(report: Report | TaskReport, as_json: bool) -> None:
     """The report on stdout."""
     if as_json:
         print(json.dumps(report.to_json(), indent=2))
         return
     for reason in report.reasons:
         print(f"- {reason}")
-    if report.max_logit_difference is not None:
-        print(f"{report.prompts} prompts, {report.positions} positions")
-        print(f"largest logit difference  {report.max_logit_difference:.6g}")
-        print(f"same most probable token  {report.top1_agreement:.4%}")
-        equal = f"{report.greedy_tokens_equal} of {report.greedy_tokens_compared}"
-        print(f"greedy tokens equal       {equal}" if report.greedy_tokens_compared else NO_GREEDY_TOKEN)
+    for line in report.in_words():
+        print(line)
     print("PASSED" if report.passed else "FAILED")
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from qlora_runtime.errors import ModelLoadError
+from qlora_runtime.session import open_session
 from qlora_runtime.strict_json import JsonObject, is_count
 
 Int64Array = npt.NDArray[np.int64]
@@ -22,15 +22,6 @@ FloatArray = npt.NDArray[np.float32]
 # which for a prompt of 8k tokens and a vocabulary of 128k would be 4 GB at once.
 PREFILL_TOKENS = 256
 
-_LOAD_ERRORS = (
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NoSuchFile,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-)
 _CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -68,14 +59,7 @@ class Decoder:
             ModelLoadError: onnxruntime refuses the file, or its inputs and outputs are not those of the
                 format.
         """
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 4  # what goes wrong is raised; nothing is printed beside it
-        try:
-            self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        except _LOAD_ERRORS as error:
-            reason = str(error).splitlines()[0]
-            raise ModelLoadError(f"onnxruntime {ort.__version__} cannot load {graph}: {reason}") from error
+        self.session = open_session(graph, threads)
         self.shape = shape
         # One (past, present) pair of names for each layer's keys and for its values.
         self.cache_names = [

@@ -37,11 +37,15 @@ class UnknownFormatError(FormatError):
 
 
 class ModelLoadError(BundleError):
-    """onnxruntime cannot load the graph, or the graph is not a decoder with a key-value cache."""
+    """onnxruntime cannot load the graph, or its inputs and outputs are not those of the format."""
 
 
 class ModelOutputError(BundleError):
     """The model answered with numbers that are not finite."""
+
+
+class WrongTaskError(BundleError):
+    """The bundle's model was trained for another task than the one asked for."""
 
 
 class TokenizerError(BundleError):

@@ -25,6 +25,7 @@ from qlora_runtime.schema import (
     read_manifest,
 )
 from qlora_runtime.strict_json import dump
+from qlora_runtime.task import TaskInfo
 
 GRAPH = "onnx/model.onnx"
 TOKENIZER = "tokenizer.json"
@@ -37,6 +38,9 @@ REQUIRED = (
     "reference.json",
     TOKENIZER,
     "tokenizer_config.json",
+)
+REQUIRED_FOR_TASKS = tuple(
+    name for name in REQUIRED if name not in ("genai_config.json", "generation_config.json")
 )
 
 
@@ -79,12 +83,13 @@ def write_manifest(
     verification: Verification | None,
     tools: Mapping[str, str],
     created: str | None = None,
+    task: TaskInfo | None = None,
 ) -> Manifest:
     """Hash every file in `bundle_dir` and put manifest.json beside them, in one atomic step.
 
     `verification` is None for a bundle that is still to be verified; write the manifest again with the
-    result. `created` is an ISO 8601 time; None means now. Hidden files and documentation (*.md, LICENSE) are
-    left out.
+    result. `created` is an ISO 8601 time; None means now. `task` is None for a model that generates. Hidden
+    files and documentation (*.md, LICENSE) are left out.
 
     Raises:
         MissingFileError, ForeignFileError: the folder is no whole bundle, or its tokenizer or chat template
@@ -103,6 +108,7 @@ def write_manifest(
         provenance=provenance,
         verification=verification,
         tools=tools,
+        task=task,
     )
     value = manifest.to_json()
     parse_manifest(value)
@@ -128,7 +134,7 @@ def _is_ignored(path: Path) -> bool:
 
 
 def _missing_from_manifest(manifest: Manifest) -> Iterator[BundleError]:
-    for path in REQUIRED:
+    for path in REQUIRED if manifest.task is None else REQUIRED_FOR_TASKS:
         if path not in manifest.files:
             yield MissingFileError(
                 f"{path} is not among the bundle's files; every bundle has it. Export it again."

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_runtime.errors import FormatError, UnknownFormatError, UnsafePathError
 from qlora_runtime.strict_json import Fields, JsonObject, is_count, is_list_of, load_object
+from qlora_runtime.task import TaskInfo, parse_task, task_to_json
 
 FORMAT = "qlora-bundle/1"
 MANIFEST = "manifest.json"
@@ -64,11 +65,15 @@ class Manifest:
     provenance: Provenance
     verification: Verification | None  # None: not verified yet
     tools: Mapping[str, str]
+    task: TaskInfo | None = None  # None: a causal language model, which generates
 
     def to_json(self) -> JsonObject:
         """The object that `parse_manifest` reads back as this manifest."""
         value = {"format": FORMAT} | asdict(self)
         value["model"]["eos_token_ids"] = list(self.model.eos_token_ids)
+        del value["task"]
+        if self.task is not None:
+            value["task"] = task_to_json(self.task)
         return value
 
 
@@ -92,7 +97,7 @@ def parse_manifest(value: JsonObject) -> Manifest:
             "Install the qlora-runtime that fits the bundle, or export it again."
         )
     known = {"format", "profile", "created", "files", "model", "provenance", "verification", "tools"}
-    fields = Fields(value, MANIFEST, known)
+    fields = Fields(value, MANIFEST, known | {"task"})
     return Manifest(
         profile=fields.text("profile"),
         created=fields.take("created", "a time in ISO 8601", _is_time),
@@ -101,6 +106,7 @@ def parse_manifest(value: JsonObject) -> Manifest:
         provenance=_provenance(fields.object("provenance")),
         verification=_verification(fields.take("verification", "an object or null", _is_object_or_null)),
         tools=fields.take("tools", "an object of strings", _is_text_map),
+        task=parse_task(fields.object("task"), f"{MANIFEST}: task") if "task" in value else None,
     )
 
 

@@ -35,8 +35,12 @@ class TextTokenizer:
                 "another model: export the bundle again."
             )
         # A tokenizer saved after training may carry the training's length limit and padding.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = plain_copy(self._tokenizer)
+
+    @property
+    def library(self) -> Tokenizer:
+        """The `tokenizers` tokenizer itself; copy it before setting truncation or padding."""
+        return self._tokenizer
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Rendered chats carry their special tokens already: pass False for them."""
@@ -49,6 +53,14 @@ class TextTokenizer:
     def detokenizer(self) -> "Detokenizer":
         """Text for tokens that arrive one by one."""
         return Detokenizer(self)
+
+
+def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer of one's own, without truncation and padding."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 class Detokenizer:

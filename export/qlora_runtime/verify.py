@@ -12,6 +12,9 @@ from qlora_runtime.errors import BundleError, ForeignFileError
 from qlora_runtime.manifest import find_problems
 from qlora_runtime.reference import Reference, ReferencePrompt, Tolerance, read_reference
 from qlora_runtime.schema import read_manifest
+from qlora_runtime.task_bundle import TaskBundle
+from qlora_runtime.task_reference import read_task_reference
+from qlora_runtime.task_verify import TaskReport, compare_task
 
 NO_GREEDY_TOKEN = "no greedy token was decided clearly enough to compare"
 
@@ -27,6 +30,18 @@ class Report:
     top1_agreement: float | None = None  # share of positions with the same most probable token
     greedy_tokens_compared: int = 0
     greedy_tokens_equal: int = 0
+
+    def in_words(self) -> list[str]:
+        """The measured numbers, line by line; none where nothing was run."""
+        if self.max_logit_difference is None:
+            return []
+        equal = f"greedy tokens equal       {self.greedy_tokens_equal} of {self.greedy_tokens_compared}"
+        return [
+            f"{self.prompts} prompts, {self.positions} positions",
+            f"largest logit difference  {self.max_logit_difference:.6g}",
+            f"same most probable token  {self.top1_agreement:.4%}",
+            equal if self.greedy_tokens_compared else NO_GREEDY_TOKEN,
+        ]
 
     @property
     def passed(self) -> bool:
@@ -51,15 +66,19 @@ class _Distance:
     same_top1: int
 
 
-def verify_directory(path: Path | str, threads: int | None = None) -> Report:
+def verify_directory(path: Path | str, threads: int | None = None) -> Report | TaskReport:
     """Open the bundle at `path` and verify it. Damaged files fail the report instead of raising.
 
     Raises:
         BundleError: the folder has no manifest that can be read, or files that are intact cannot be run.
     """
     directory = Path(path)
-    if problems := list(find_problems(directory, read_manifest(directory))):
+    manifest = read_manifest(directory)
+    if problems := list(find_problems(directory, manifest)):
         return Report(reasons=[str(problem) for problem in problems])
+    if manifest.task is not None:
+        task_bundle = TaskBundle.open(directory, check_hashes=False, threads=threads)
+        return compare_task(task_bundle, read_task_reference(directory))
     return verify(Bundle.open(directory, check_hashes=False, threads=threads), check_hashes=False)
 
 

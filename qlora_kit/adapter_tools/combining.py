@@ -59,7 +59,8 @@ def _described(source: Source, weight: float) -> dict[str, Any]:
 
 def _measured(layer: Combined) -> dict[str, Any]:
     measured = {"norm": layer.delta.norm(), "lost": layer.lost, "from_sum": layer.from_sum}
-    return {"rank": layer.delta.rank, **{key: float(f"{value:.6g}") for key, value in measured.items()}}
+    rounded = {key: None if value is None else float(f"{value:.6g}") for key, value in measured.items()}
+    return {"rank": layer.delta.rank, **rounded}
 
 
 def _config(sources: list[Source], layers: list[str]) -> dict[str, Any]:

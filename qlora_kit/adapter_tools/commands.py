@@ -56,6 +56,9 @@ def _combine(options: argparse.Namespace) -> None:
     print(f"{options.output}: {options.method} of {len(options.folders)} adapters, {len(layers)} layers")
     _print_shares("left out by the cut to a rank", {name: layer["lost"] for name, layer in layers.items()})
     _print_shares("distance from the weighted sum", {name: layer["from_sum"] for name, layer in layers.items()})
+    cancelled = sum(layer["from_sum"] is None for layer in layers.values())
+    if cancelled:
+        print(f"  the weighted deltas cancel out in {cancelled} of {len(layers)} layers: their sum is nearly zero")
     if note["taken_in_full"]:
         print(f"  taken as they are, without a weight: {', '.join(note['taken_in_full'])}")
 
@@ -69,11 +72,14 @@ def _convert(options: argparse.Namespace) -> None:
     _print_shares("left out by the cut to a rank", result["lost"])
 
 
-def _print_shares(what: str, shares: dict[str, float]) -> None:
-    """A share of each layer's norm: the mean, and the worst layer."""
-    worst = max(shares, key=lambda name: shares[name])
-    mean = sum(shares.values()) / len(shares)
-    print(f"  {what}: {mean:.2%} of the norm, mean over layers; at most {shares[worst]:.2%} ({worst})")
+def _print_shares(what: str, shares: dict[str, float | None]) -> None:
+    """A share of each layer's norm: the mean, and the worst layer. Layers without a norm (None) do not count."""
+    known = {name: share for name, share in shares.items() if share is not None}
+    if not known:
+        return
+    worst = max(known, key=lambda name: known[name])
+    mean = sum(known.values()) / len(known)
+    print(f"  {what}: {mean:.2%} of the norm, mean over layers; at most {known[worst]:.2%} ({worst})")
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -102,22 +102,24 @@ class AdaLora(Method[AdaLoraSettings]):
         self.total_steps = total_steps
         return self.schedule(1).fixed_from
 
-    def after_step(self, model: PreTrainedModel, step: int, total_steps: int, lr: float) -> None:
+    def after_step(
+        self, model: PreTrainedModel, step: int, total_steps: int, lr: float, clip_factor: float = 1.0
+    ) -> None:
         self.total_steps = total_steps
         layers = dict(_layers(model))
         if self.kept:
             _close(layers, self.kept)
         else:
-            self._choose(layers, step)
+            self._choose(layers, step, clip_factor)
 
-    def _choose(self, layers: dict[str, AdaLoraLinear], step: int) -> None:
+    def _choose(self, layers: dict[str, AdaLoraLinear], step: int, clip_factor: float) -> None:
         """Takes in the step's gradients, and prunes where the schedule says so; for good where it ends."""
         schedule = self.schedule(len(layers))
         ends = step >= schedule.fixed_from  # later than planned where fp16 overflowed and steps were skipped
         if not ends or not self.importance.sensitivity:
             for name, layer in layers.items():
                 for own in self.stored_as:
-                    self.importance.update(f"{name}.{own}", layer.get_parameter(own))
+                    self.importance.update(f"{name}.{own}", layer.get_parameter(own), clip_factor)
         if not schedule.prunes(step):
             return
         kept = most_important(self._scores(layers), schedule.ranks(step))

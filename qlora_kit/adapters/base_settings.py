@@ -14,6 +14,8 @@ class AdapterSettings(Section):
     """How the base is adapted; docs/methods.md compares the methods."""
     trains_all: ClassVar[bool] = False
     """Whether every weight of the base is trained."""
+    loads_whole: ClassVar[bool] = False
+    """Whether the base is loaded unquantized, for the method to quantize it layer by layer."""
     fp32_tensors: ClassVar[int] = 0
     """How many of a layer's tensors, the last ones of `layer_sizes`, are float32 whatever `dtype` says."""
     modules_to_save: list[Text] = []

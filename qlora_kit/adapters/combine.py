@@ -30,6 +30,7 @@ from qlora_kit.adapters.method import DTYPES
 from qlora_kit.errors import AdapterError
 
 MAX_RANK = 1024  # of adapter.rank
+NEARLY_ZERO = 1e-5  # of the norms of what is added up: fp32 rounds at 6e-8, over many ranks
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,14 @@ class Combined:
 
     Attributes:
         delta: with scaling 1.
-        lost: share of the combined delta's norm that the cut to a rank left out.
-        from_sum: distance from the exact weighted sum, divided by the norm of that; rounding included.
+        lost: share of the combined delta's norm that the cut to a rank left out; None where that norm is rounding.
+        from_sum: distance from the exact weighted sum, divided by the norm of that; rounding included. None where the
+            weighted deltas cancel out, and that norm is rounding itself.
     """
 
     delta: Delta
-    lost: float
-    from_sum: float
+    lost: float | None
+    from_sum: float | None
 
 
 def combine(
@@ -122,7 +124,9 @@ def combine(
         delta, lost = _combine_layer(name, deltas, shares, combination)
         delta = Delta(delta.a.to(dtype).float(), delta.b.to(dtype).float())
         whole = concatenate(deltas, shares)
-        found[name] = Combined(delta, lost, delta.minus(whole).norm() / max(whole.norm(), 1e-30))
+        nothing = NEARLY_ZERO * sum(abs(share) * part.norm() for part, share in pairs)
+        distance = None if whole.norm() <= nothing else delta.minus(whole).norm() / whole.norm()
+        found[name] = Combined(delta, None if delta.norm() <= nothing else lost, distance)
     return found
 
 

@@ -153,8 +153,10 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
 
 
 def input_embedding(model: nn.Module) -> Any:
-    """The module that embeds tokens; None in a model that has none, or does not tell."""
-    return model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    """The module that embeds tokens; None in a model that has none (it reads images), or does not tell."""
+    if not isinstance(model, PreTrainedModel) or model.main_input_name == "pixel_values":
+        return None
+    return model.get_input_embeddings()
 
 
 def output_head(model: nn.Module) -> Any:

@@ -48,6 +48,11 @@ class AdaptedLinear(AdaptedLayer):
         self.in_features, self.out_features = linear_shape(base)
 
     @property
+    def weight(self) -> nn.Parameter | None:
+        """The frozen weight, of which T5 asks the dtype; None where it is held as codes."""
+        return getattr(self.base_layer, "weight", None)
+
+    @property
     def bias(self) -> nn.Parameter | None:
         return self.base_layer.bias
 

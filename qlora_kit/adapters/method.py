@@ -70,6 +70,12 @@ class Method(Generic[S]):
         """The stored tensors in the shapes that fresh layers have; AdapterError names what does not fit together."""
         return tensors
 
+    @classmethod
+    def write_tensors(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Trained tensors by the names that PEFT has for them, from those by `stored_name` below PEFT's usual prefix;
+        `read_tensors` is its inverse."""
+        return tensors
+
     def lr_factor(self, name: str) -> float:
         """What the learning rate of the trained parameter `name` is multiplied with."""
         return 1.0
@@ -78,8 +84,14 @@ class Method(Generic[S]):
         """Added to the loss of each step, scalar."""
         return None
 
-    def after_step(self, model: PreTrainedModel, step: int, total_steps: int, lr: float) -> None:
-        """Called after each optimizer step (1 to `total_steps`), with the gradients still there."""
+    def after_step(
+        self, model: PreTrainedModel, step: int, total_steps: int, lr: float, clip_factor: float = 1.0
+    ) -> None:
+        """Called after each optimizer step (1 to `total_steps`), with the gradients still there, unclipped.
+
+        Args:
+            clip_factor: what the optimizer multiplied the gradients with, so that their norm kept to its limit.
+        """
 
     def resize(self, model: PreTrainedModel, step: int, total_steps: int) -> dict[str, nn.Parameter]:
         """Gives the trained weights the shapes that they have after `step`. Returns those that changed, by name.

@@ -76,7 +76,7 @@ def save_adapter(model: PreTrainedModel, method: Method[Any], folder: Path, base
         **method.config(model),
         "modules_to_save": expand_modules_to_save(model, method.settings.modules_to_save) or None,
     }
-    write_adapter(folder, config, adapter_tensors(model, method))
+    write_adapter(folder, config, method.write_tensors(adapter_tensors(model, method)))
     method.write_beside(folder)
 
 
@@ -141,8 +141,8 @@ def fill_adapter(model: PreTrainedModel, method: Method[Any], tensors: dict[str,
 
 
 def _task_type(model: nn.Module) -> str | None:
-    """PEFT's name of the task that a transformers model's class is made for."""
-    if not isinstance(model, PreTrainedModel):
+    """PEFT's name of the task that a transformers model's class is made for; its tasks are all of text."""
+    if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
         return None
     named = (kind for ending, kind in TASK_TYPES.items() if type(model).__name__.endswith(ending))
     return next(named, None)

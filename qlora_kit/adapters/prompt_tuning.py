@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_kit.adapters.files import PREFIX
 from qlora_kit.adapters.inject import inject_layers
 from qlora_kit.adapters.method import DTYPES, Method, dtype_name
 from qlora_kit.adapters.settings import PromptTuningSettings
 from qlora_kit.errors import AdapterError
 
 PARAMETER = "prompt_embeddings"
+PEFT_PREFIX = "base_model."  # PEFT puts no tuner around the model here, and so leaves out one `model.`
 COMMON_TOKENS = 5000  # section 3.1 of the paper draws from its vocabulary's 5000 most common; merges come in that order
 
 
@@ -98,6 +100,22 @@ class PromptTuning(Method[PromptTuningSettings]):
             raise AdapterError(f"{origin.parent}: tensor {PARAMETER}", got=shape, allowed="[tokens, hidden]")
         return PromptTuningSettings(tokens=prompt.shape[0], dtype=dtype_name(tensors, (PARAMETER,)))
 
+    @classmethod
+    def read_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], origin: Path) -> dict[str, Tensor]:
+        """Modules trained in full lie under PEFT_PREFIX; under PREFIX in files that older versions of this toolkit
+        wrote, whose configuration names them in full and lacks PEFT's `auto_mapping`."""
+        saved = () if "auto_mapping" in config else tuple(config.get("modules_to_save") or ())
+        old = tuple(f"{PREFIX}{name}." for name in saved)
+        known = {key: key if key == PARAMETER or key.startswith(old) else _with_prefix(key) for key in tensors}
+        return {known[key]: tensor for key, tensor in tensors.items()}
+
+    @classmethod
+    def write_tensors(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            PEFT_PREFIX + key.removeprefix(PREFIX) if key.startswith(PREFIX) else key: tensor
+            for key, tensor in tensors.items()
+        }
+
 
 def virtual_tokens(model: nn.Module) -> int:
     """How many tokens of the model's context stand before every input."""
@@ -111,20 +129,22 @@ def put_in_front(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     inputs = dict(zip(names, args)) | kwargs
     prompt = getattr(model, PARAMETER)
     count, cache = len(prompt), inputs.get("past_key_values")
+    embedded = inputs.get("inputs_embeds")
+    length = (inputs["input_ids"] if embedded is None else embedded).shape[1]
+    positions = inputs.get("position_ids")
     if (mask := inputs.get("attention_mask")) is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise AdapterError("prompt tuning needs an attention mask [batch, seq]", fix="Use a dynamic cache")
         inputs["attention_mask"] = torch.cat((mask.new_ones(len(mask), count), mask), 1)
-    positions = inputs.get("position_ids")
+        if positions is None and "position_ids" in names:
+            positions = _places(mask, length)
     if cache is not None and cache.get_seq_length() > 0:  # the prompt is in it
         if positions is not None:
             inputs["position_ids"] = positions + count
         return (), inputs
-    embedded = inputs.get("inputs_embeds")
     if embedded is None:
         embedded = model.get_input_embeddings()(inputs.pop("input_ids"))  # [batch, seq, hidden]
-    batch, length = embedded.shape[:2]
-    inputs["inputs_embeds"] = torch.cat((prompt.to(embedded.dtype).expand(batch, -1, -1), embedded), 1)
+    inputs["inputs_embeds"] = torch.cat((prompt.to(embedded.dtype).expand(len(embedded), -1, -1), embedded), 1)
     if positions is not None:
         front = torch.arange(count, device=positions.device).expand(len(positions), -1)
         inputs["position_ids"] = torch.cat((front, positions + count), 1)
@@ -133,6 +153,19 @@ def put_in_front(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         keep = torch.arange(length, device=embedded.device)[-keep:]
     inputs["logits_to_keep"] = keep + count
     return (), inputs
+
+
+def _places(mask: Tensor, length: int) -> Tensor | None:
+    """Positions of the last `length` tokens, int64 [batch, length], where rows of `mask` [batch, seq] are padded on
+    the left: that padding would stand between prompt and text, and does not count. None where none is."""
+    if bool(mask[:, 0].all()):
+        return None
+    padding = mask.long().argmax(1, keepdim=True)  # the first token that is none
+    return (torch.arange(mask.shape[1], device=mask.device) - padding).clamp_min(0)[:, -length:]
+
+
+def _with_prefix(key: str) -> str:
+    return PREFIX + key.removeprefix(PEFT_PREFIX)
 
 
 def _width(embedding: Any) -> int:

@@ -45,10 +45,15 @@ class Importance:
         self.sensitivity: dict[str, Tensor] = {}
         self.uncertainty: dict[str, Tensor] = {}
 
-    def update(self, name: str, weight: Tensor) -> None:
-        """Takes in the gradient of a step. A weight without one is one that the loss does not depend on."""
+    def update(self, name: str, weight: Tensor, clip_factor: float = 1.0) -> None:
+        """Takes in the gradient of a step, clipped as the authors' code sees it: times `clip_factor`.
+
+        A weight without one is one that the loss does not depend on.
+        """
         value = weight.detach().float()
-        now = torch.zeros_like(value) if weight.grad is None else (value * weight.grad.float()).abs_()
+        now = torch.zeros_like(value)
+        if weight.grad is not None:
+            now = (value * weight.grad.float()).abs_().mul_(clip_factor)
         for kept in (self.sensitivity, self.uncertainty):
             kept[name] = kept[name].to(now.device) if name in kept else torch.zeros_like(now)
         smooth = self.sensitivity[name].mul_(self.beta1).add_(now, alpha=1 - self.beta1)

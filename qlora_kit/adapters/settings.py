@@ -88,6 +88,9 @@ class DoraSettings(LowRankSettings):
     def layer_sizes(self, name: str, in_features: int, out_features: int) -> list[int]:
         return [*super().layer_sizes(name, in_features, out_features), out_features]
 
+    def kept_sizes(self, name: str, in_features: int, out_features: int) -> list[int]:
+        return [out_features]  # the squares of W's rows
+
 
 SETTINGS: dict[str, type[AdapterSettings]] = {
     "lora": LoraSettings,

@@ -16,6 +16,7 @@ from qlora_kit.adapters.lora import LowRank
 from qlora_kit.adapters.low_rank_settings import LowRankSettings
 from qlora_kit.adapters.peft_config import read_low_rank_config
 from qlora_kit.adapters.pruned_settings import SoraSettings
+from qlora_kit.errors import AdapterError
 
 
 class SoraLinear(GatedLinear):
@@ -41,11 +42,24 @@ class Sora(LowRank[SoraSettings]):
     stored_as: ClassVar[dict[str, str]] = {**LowRank.stored_as, "lora_gate": "lora_gate"}
     layer_class = SoraLinear
 
-    def after_step(self, model: PreTrainedModel, step: int, total_steps: int, lr: float) -> None:
-        """The proximal step, equations 5 to 8: what the optimizer made of g, soft-thresholded by η λ."""
-        for _, layer in adapted_layers(model):
-            if isinstance(layer, SoraLinear):
-                layer.lora_gate.data.copy_(soft_threshold(layer.lora_gate.data, lr * self.settings.sparse_lambda))
+    def after_step(
+        self, model: PreTrainedModel, step: int, total_steps: int, lr: float, clip_factor: float = 1.0
+    ) -> None:
+        """The proximal step, equations 5 to 8: what the optimizer made of g, soft-thresholded by η λ.
+
+        Raises:
+            AdapterError: no gate of any layer is open any more.
+        """
+        gates = [layer.lora_gate.data for _, layer in adapted_layers(model) if isinstance(layer, SoraLinear)]
+        for gate in gates:
+            gate.copy_(soft_threshold(gate, lr * self.settings.sparse_lambda))
+        if not torch.stack([gate.any() for gate in gates]).any():
+            raise AdapterError(
+                f"adapter.sparse_lambda pruned every rank of every layer by step {step} of {total_steps}: "
+                "nothing is left to train",
+                got=self.settings.sparse_lambda,
+                fix="Lower it: at each step a gate moves towards zero by sparse_lambda times train.lr",
+            )
 
     def config(self, model: PreTrainedModel) -> dict[str, Any]:
         return super().config(model) | {"sparse_lambda": self.settings.sparse_lambda}

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.adapters.factors import Factors, best_factors, residual
 from qlora_kit.adapters.files import read_tensors
 from qlora_kit.adapters.inject import wanted_targets
+from qlora_kit.adapters.input_moments import weighing
 from qlora_kit.adapters.layer import AdaptedLinear, LinearLayer, weight_expander
 from qlora_kit.adapters.lora import LowRank
 from qlora_kit.adapters.peft_config import check_low_rank_config, read_low_rank_config
@@ -46,10 +47,11 @@ class SvdStart(LowRank[S]):
         self.stored_in: Path | None = None
         self.plan = Quantization()
 
-    def start(self, weight: Tensor, quantized: bool, settings: S, rebase: Rebase) -> Start:
+    def start(self, name: str, weight: Tensor, quantized: bool, settings: S, rebase: Rebase) -> Start:
         """What a layer begins with.
 
         Args:
+            name: the layer's.
             weight: W, float32 [out, in].
             quantized: whether the layer is stored quantized.
             rebase: makes the layer's new base.
@@ -94,7 +96,7 @@ class SvdStart(LowRank[S]):
                 f"{name}: rank", got=settings.rank, allowed=f"1 to {min(weight.shape)}, its smaller side",
                 fix="Set a lower adapter.rank, or one for this layer in adapter.rank_pattern",
             )  # fmt: skip
-        start = self.start(weight.float(), quantized, settings, rebase)
+        start = self.start(name, weight.float(), quantized, settings, rebase)
         adapted = self.layer_class(start.base, settings)
         if start.adapter is not None:
             adapted.lora_A.data.copy_(start.adapter.a)
@@ -162,7 +164,7 @@ class Pissa(SvdStart[PissaSettings]):
 
     writes = "pissa"
 
-    def start(self, weight: Tensor, quantized: bool, settings: PissaSettings, rebase: Rebase) -> Start:
+    def start(self, name: str, weight: Tensor, quantized: bool, settings: PissaSettings, rebase: Rebase) -> Start:
         principal = best_factors(weight, settings)
         return Start(rebase(principal), principal, principal)
 
@@ -181,6 +183,12 @@ class Loftq(SvdStart[LoftqSettings]):
 
     writes = "loftq"  # without PEFT's loftq_config, so that PEFT refuses it rather than invents a base
 
+    def __init__(self, settings: LoftqSettings) -> None:
+        super().__init__(settings)
+        self.moments: dict[str, Tensor] = {}
+        """What goes into layers, by `input_moments`: where a layer's is there, the adapter makes up for what moves
+        the layer's output, not for what moves its weight. To be given before `inject`."""
+
     def check_base(self, plan: Quantization) -> None:
         if plan.kind == "none":
             raise AdapterError(
@@ -191,14 +199,15 @@ class Loftq(SvdStart[LoftqSettings]):
     def changes(self, targets: list[str]) -> list[str]:
         return [name for name in targets if name in self.plan.names] if self.subtracted else []
 
-    def start(self, weight: Tensor, quantized: bool, settings: LoftqSettings, rebase: Rebase) -> Start:
+    def start(self, name: str, weight: Tensor, quantized: bool, settings: LoftqSettings, rebase: Rebase) -> Start:
         if not quantized:  # the head: nothing was lost
             return Start(rebase(None), None, None)
         subtracted, base = None, rebase(None)
-        adapter = best_factors(weight - weight_expander(base)(torch.float32), settings)
+        weighed = weighing(self.moments[name]) if name in self.moments else None
+        adapter = best_factors(weight - weight_expander(base)(torch.float32), settings, weighed)
         for _ in range(settings.iterations - 1):
             subtracted, base = adapter, rebase(adapter)
-            adapter = best_factors(weight - weight_expander(base)(torch.float32), settings)
+            adapter = best_factors(weight - weight_expander(base)(torch.float32), settings, weighed)
         return Start(base, adapter, subtracted)
 
     def config(self, model: PreTrainedModel) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ class SvdSettings(LowRankSettings):
     The base is loaded whole, in base.compute_dtype, and then quantized layer by layer: loading takes more memory than
     training. Dropout leaves out parts of what the base lacks, which with PiSSA is most of a weight.
     """
+
+    loads_whole: ClassVar[bool] = True
 
     niter: Annotated[int, Field(ge=0, le=100)] = 16
     """Turns of the fast decomposition, randomized by run.seed; 0 takes the exact one, which is slow on wide layers."""

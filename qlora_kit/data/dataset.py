@@ -17,6 +17,7 @@ from qlora_kit.data.masking import Encoded
 from qlora_kit.data.mixing import draw_counts, draw_rows
 from qlora_kit.data.reading import SourceEncoder, eval_source
 from qlora_kit.data.report import EXAMPLES_SHOWN, DataReport
+from qlora_kit.data.task_labels import strata, stratified_mask
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSection
 
@@ -54,7 +55,7 @@ def prepare(section: DataSection, tokenizer: Any, seed: int, kind: RowKind = LAN
     Held-out rows: those of `data.eval`, or the training rows whose seeded hash of everything before the last
     assistant turn falls below `data.eval_fraction`. Equal rows, and rows with an equal prompt, thus land on
     one side, and a row stays on its side when others are added. If none falls below, the prompt with the
-    lowest hash is held out.
+    lowest hash is held out. Of rows with labels each label's rows are split so (see `stratified_mask`).
 
     Mixing: see `mixing.draw_counts`; without weights every training row is in the epoch once.
 
@@ -69,10 +70,13 @@ def prepare(section: DataSection, tokenizer: Any, seed: int, kind: RowKind = LAN
     report = DataReport([encoder.report for encoder in encoders], template=getattr(tokenizer, "chat_template", None))
     if section.streaming:
         return PreparedData(EncodedRows().seal(), prepare_eval(section, tokenizer, report, kind), report)
-    rows, keys = _read_all(encoders, seed, kind)
+    rows, keys, examples = _read_all(encoders, seed, kind)
     held_out = EncodedRows(kind.own_labels)
     if section.eval is None:
-        on_eval_side = held_out_mask(keys, section.eval_fraction)
+        if kind.has_labels:
+            on_eval_side = stratified_mask(keys, strata(examples), section.eval_fraction)
+        else:
+            on_eval_side = held_out_mask(keys, section.eval_fraction)
         held_out = rows.take(np.flatnonzero(on_eval_side))
         rows = rows.take(np.flatnonzero(~on_eval_side))
     else:
@@ -125,14 +129,17 @@ def held_out_mask(keys: np.ndarray, fraction: float) -> np.ndarray:
     return keys == keys.min()
 
 
-def _read_all(encoders: list[SourceEncoder], seed: int, kind: RowKind) -> tuple[EncodedRows, np.ndarray]:
-    rows, keys = EncodedRows(kind.own_labels), array("Q")
+def _read_all(encoders: list[SourceEncoder], seed: int, kind: RowKind) -> tuple[EncodedRows, np.ndarray, list[Any]]:
+    """(all rows, their split keys uint64 [rows], their examples where these have labels to split by)."""
+    rows, keys, examples = EncodedRows(kind.own_labels), array("Q"), []
     for encoder in encoders:
         for row, example in encoder.rows():
             rows.append(row, content_hash(example))
             keys.append(split_key(example, seed))
+            if kind.has_labels:
+                examples.append(example)
     _require_rows(len(rows.seal()), encoders)
-    return rows, np.array(keys, dtype=np.uint64)
+    return rows, np.array(keys, dtype=np.uint64), examples
 
 
 def _require_rows(usable: int, encoders: list[SourceEncoder]) -> None:

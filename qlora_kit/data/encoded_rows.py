@@ -83,8 +83,8 @@ class EncodedRows(Sequence[Encoded]):
         ids = np.frombuffer(self._ids, dtype=np.int32)[start:end]
         place = self._sources[at], self._rows[at], at in self._cut
         if self._own:
-            beside = {"second": self._own.seconds[at], "file": self._own.files[at]}
-            return Encoded(ids, self._own.labels(at), *place, **beside)
+            own = self._own
+            return Encoded(ids, own.labels(at), *place, second=own.seconds[at], file=own.files[at])
         loss = np.frombuffer(self._loss, dtype=bool)[start:end]
         return Encoded(ids, np.where(loss, ids, np.int32(IGNORED)), *place)
 

@@ -24,6 +24,8 @@ class RowKind(Protocol):
 
     own_labels: ClassVar[bool]
     """Labels are no ids of the row itself."""
+    has_labels: ClassVar[bool]
+    """Rows have labels from a list, whose shares a split keeps."""
 
     def parser(self, section: DataSection, source: DataSource) -> Parser:
         """The parser of one source."""
@@ -37,17 +39,26 @@ class RowKind(Protocol):
         """
         ...
 
+    def shown(self, row: Encoded, tokenizer: Any) -> str:
+        """A row for people to read: its text or file, and what is to be said of it."""
+        ...
+
 
 class LanguageRows:
     """Rows of causal language modelling."""
 
     own_labels: ClassVar[bool] = False
+    has_labels: ClassVar[bool] = False
 
     def parser(self, section: DataSection, source: DataSource) -> Parser:
         return RowParser(section, source)
 
     def encode(self, example: Any, tokenizer: Any, section: DataSection) -> list[Encoded]:
         return [encode(example, tokenizer, section)]
+
+    def shown(self, row: Encoded, tokenizer: Any) -> str:
+        """All of the text: `show.loss_text` marks what of it carries loss."""
+        return str(tokenizer.decode(row.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 LANGUAGE = LanguageRows()

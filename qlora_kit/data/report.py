@@ -13,7 +13,10 @@ EXAMPLES_SHOWN = 3
 
 @dataclass
 class SourceReport:
-    """Counts of one source. `read` = `used` + `held_out` + the sum of `skipped`."""
+    """Counts of one source. `read` = `used` + `held_out` + the sum of `skipped`.
+
+    Of rows that are read in windows, as long contexts of questions are, all but `read` and `skipped` count the windows.
+    """
 
     path: str
     fingerprint: str = ""

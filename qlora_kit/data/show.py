@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_kit.data.dataset import PreparedData, prepare
+from qlora_kit.data.kinds import LANGUAGE, RowKind
 from qlora_kit.data.masking import IGNORED, Encoded
 from qlora_kit.data.stream import StreamedTrain
 from qlora_kit.recipe import DataSection
@@ -18,30 +19,38 @@ from qlora_kit.recipe import DataSection
 OPEN, CLOSE = "⟦", "⟧"  # around tokens that carry loss, for screens without colour
 
 
-def show(section: DataSection, tokenizer: Any, rows: int, console: Console, seed: int = 42) -> PreparedData:
-    """Prints the template, the first `rows` training rows with their loss marked, the counts and the lengths.
+def show(
+    section: DataSection, tokenizer: Any, rows: int, console: Console, seed: int = 42, kind: RowKind = LANGUAGE
+) -> PreparedData:
+    """Prints the first `rows` training rows, the counts and the lengths.
+
+    Of language modelling: the template, and rows with their loss marked. Of other tasks: rows with their labels.
 
     Args:
         tokenizer: with its chat template resolved.
         seed: the run's seed, which decides what is held out.
+        kind: how rows are read, encoded and shown.
 
     Raises:
         DataError: as `prepare`.
     """
-    data = prepare(section, tokenizer, seed)
+    data = prepare(section, tokenizer, seed, kind)
     if section.streaming:
         stream = StreamedTrain(section, tokenizer, seed, data.report.train)
         shown = [next(stream) for _ in range(rows)]
     else:
         shown = data.train[:rows]
-    console.print(Text("Chat template", style="bold"))
-    console.print(Text(tokenizer.chat_template or "none: prompt and completion are joined as they are"))
+    if not kind.own_labels:
+        console.print(Text("Chat template", style="bold"))
+        console.print(Text(tokenizer.chat_template or "none: prompt and completion are joined as they are"))
     for row in shown:
-        title = f"{data.describe_row(row)}: {len(row.input_ids)} tokens, {row.loss_tokens} with loss"
+        with_loss = "" if kind.own_labels else f", {row.loss_tokens} with loss"
+        title = f"{data.describe_row(row)}: {len(row.input_ids)} tokens{with_loss}"
         console.rule(Text(title + (", cut" if row.truncated else "")))
-        console.print(loss_text(row, tokenizer))
+        console.print(Text(kind.shown(row, tokenizer)) if kind.own_labels else loss_text(row, tokenizer))
     console.rule()
-    console.print(Text(f"{OPEN}bold green{CLOSE}: carries loss; dim: does not"))
+    if not kind.own_labels:
+        console.print(Text(f"{OPEN}bold green{CLOSE}: carries loss; dim: does not"))
     console.print(report_table(data))
     for line in data.report.warnings():
         console.print(Text(f"! {line}", style="yellow"))

@@ -6,8 +6,8 @@ Every form is scored on the same rows in the same order, so that two forms can b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,8 +35,8 @@ class PerRow:
     """Tokens that carried loss."""
     correct: list[int] | None = None
     """1 where the answer is right, 0 where not; None where answers are not checked."""
-    answer: list[str] | None = None
-    """The answer given, as text; None where answers are not checked."""
+    answer: list[Any] | None = None
+    """The answer given: text, or what the task answers with (label, labels, number, tags); None if not checked."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,19 @@ class FormResult:
     """One form of the model on all rows."""
 
     loss: Interval
-    """Nats a loss token, over all tokens of all rows."""
-    perplexity: Interval
+    """Nats a loss token, over all tokens of all rows; of other tasks a counted loss."""
+    perplexity: Interval | None
+    """None for tasks whose losses are not of tokens."""
     accuracy: Interval | None
     """Share of right answers, 0..1."""
     rows: int
     seconds: float
     """Wall time of the scoring."""
     per_row: PerRow
+    scores: dict[str, Interval] = field(default_factory=dict)
+    """A task's own scores, the one it is known by first; none of causal language modelling."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What stands behind the scores: precision, recall, F1 and support of each label or span type, a report."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class PairResult:
 
     a: str
     b: str
-    metric: MetricName
+    metric: str
+    """A MetricName, or one of a task's scores."""
     difference: float
     low: float
     high: float
@@ -113,11 +119,12 @@ def compare_forms(
             resamples=resamples,
             name=metric,
         )
-    disagree = _disagreement(left.answer, right.answer)
+    disagree = disagreement(left.answer, right.answer)
     return PairResult(a, b, metric, interval.value, interval.low, interval.high, disagree)
 
 
-def _disagreement(a: Sequence[str] | None, b: Sequence[str] | None) -> float | None:
+def disagreement(a: Sequence[Any] | None, b: Sequence[Any] | None) -> float | None:
+    """Share of rows with other answers, 0..1; None without answers."""
     if a is None or b is None:
         return None
     return sum(left != right for left, right in zip(a, b, strict=True)) / len(a)

@@ -43,7 +43,7 @@ def write_results(run_dir: Path, results: EvalResults) -> Path:
     if not run_dir.is_dir():
         raise RunError(f"no run folder {run_dir}", fix="Train first, or check the path")
     try:
-        text = json.dumps(asdict(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(_tree(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
         raise EvalError(f"the results hold a number that is not finite: {error}") from error
     path = run_dir / "eval" / "results.json"
@@ -78,13 +78,18 @@ def print_table(results: EvalResults, console: Console) -> None:
     Of fewer than 3 rows the interval is `-`.
     """
     few = results.rows < FEWEST_ROWS
+    scores = _score_names(results)
+    if scores:
+        _print_scores(results, scores, console, few)
+        return
     checked = any(form.accuracy for form in results.forms.values())
     table = Table(title=f"{results.rows} held-out rows, 95% intervals", title_justify="left")
     table.add_column("form")
     for heading in ["loss (nats/token)", "perplexity", *(["accuracy (%)"] if checked else []), "seconds"]:
         table.add_column(heading, justify="right")
     for name, form in results.forms.items():
-        cells = [name, _cell(form.loss, 3, few=few), _cell(form.perplexity, 2, few=few)]
+        perplexity = _cell(form.perplexity, 2, few=few) if form.perplexity else "-"
+        cells = [name, _cell(form.loss, 3, few=few), perplexity]
         if checked:
             cells.append(_cell(form.accuracy, 1, scale=100, few=few) if form.accuracy else "-")
         table.add_row(*cells, f"{form.seconds:.1f}")
@@ -94,7 +99,8 @@ def print_table(results: EvalResults, console: Console) -> None:
 
 
 def plot_results(results: EvalResults, path_png: Path) -> Path:
-    """Draws accuracy (where answers were checked) and perplexity of all forms with their 95% intervals.
+    """Draws accuracy (where answers were checked) and perplexity, or a task's scores, of all forms with their 95%
+    intervals.
 
     Raises:
         EvalError: there are no forms to draw.
@@ -104,12 +110,7 @@ def plot_results(results: EvalResults, path_png: Path) -> Path:
 
     if not results.forms:
         raise EvalError("no forms to plot", fix="Evaluate the run first")
-    accuracies = {name: form.accuracy for name, form in results.forms.items() if form.accuracy}
-    panels: list[tuple[str, float, dict[str, Interval]]] = [
-        ("Perplexity (lower is better)", 1.0, {name: form.perplexity for name, form in results.forms.items()})
-    ]
-    if accuracies:
-        panels.insert(0, ("Accuracy, % of rows (higher is better)", 100.0, accuracies))
+    panels = _panels(results)
     figure = Figure(figsize=(5.2 * len(panels), 1.4 + 0.42 * len(results.forms)), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, scale, intervals) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -117,6 +118,21 @@ def plot_results(results: EvalResults, path_png: Path) -> Path:
     figure.suptitle(f"{results.rows} held-out rows, 95% bootstrap intervals", fontsize=10)
     figure.savefig(path_png, dpi=150)
     return path_png
+
+
+def _panels(results: EvalResults) -> list[tuple[str, float, dict[str, Interval]]]:
+    """(title, scale, interval of each form)."""
+    if scores := _score_names(results):
+        loss = ("Loss (lower is better)", 1.0, {name: form.loss for name, form in results.forms.items()})
+        return [
+            *[(title, 1.0, {name: form.scores[title] for name, form in results.forms.items()}) for title in scores],
+            loss,
+        ]
+    panels = []
+    if accuracies := {name: form.accuracy for name, form in results.forms.items() if form.accuracy}:
+        panels.append(("Accuracy, % of rows (higher is better)", 100.0, accuracies))
+    perplexities = {name: form.perplexity for name, form in results.forms.items() if form.perplexity}
+    return [*panels, ("Perplexity (lower is better)", 1.0, perplexities)]
 
 
 def _draw(axes: Any, title: str, scale: float, intervals: dict[str, Interval]) -> None:
@@ -136,16 +152,39 @@ def _draw(axes: Any, title: str, scale: float, intervals: dict[str, Interval]) -
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _pair_table(pairs: list[PairResult], few: bool) -> Table:
+def _print_scores(results: EvalResults, scores: list[str], console: Console, few: bool) -> None:
+    """A task's forms with all scores, its paired differences in the score it is known by, and reports."""
+    table = Table(title=f"{results.rows} held-out rows, 95% intervals", title_justify="left")
+    table.add_column("form")
+    for heading in ["loss", *scores, "seconds"]:
+        table.add_column(heading, justify="right")
+    for name, form in results.forms.items():
+        cells = [_cell(form.scores[score], 3, few=few) for score in scores]
+        table.add_row(name, _cell(form.loss, 3, few=few), *cells, f"{form.seconds:.1f}")
+    console.print(table)
+    if pairs := [pair for pair in results.pairs if pair.metric == scores[0]]:
+        console.print(_pair_table(pairs, few, points=False))
+    for name, form in results.forms.items():
+        if report := form.details.get("report"):
+            console.print(f"{name}\n{report}", markup=False, highlight=False)
+
+
+def _score_names(results: EvalResults) -> list[str]:
+    return list(next((form.scores for form in results.forms.values()), {}))
+
+
+def _pair_table(pairs: list[PairResult], few: bool, points: bool = True) -> Table:
+    """`points`: differences of accuracy in hundredths."""
     table = Table(title="Paired differences on the same rows, 95% intervals", title_justify="left")
     for heading, justify in (("pair", "left"), ("metric", "left"), ("difference", "right"), ("other answers", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for pair in pairs:
-        scale, digits = (100, 1) if pair.metric == "accuracy" else (1, 3)
+        in_points = points and pair.metric == "accuracy"
+        scale, digits = (100, 1) if in_points else (1, 3)
         interval = Interval(pair.difference, pair.low, pair.high)
         mark = "" if interval.excludes_zero and not few else " (may be 0)"
         other = "-" if pair.disagree is None else f"{100 * pair.disagree:.1f}% of rows"
-        name = "accuracy (points)" if pair.metric == "accuracy" else pair.metric
+        name = "accuracy (points)" if in_points else pair.metric
         table.add_row(f"{pair.a} - {pair.b}", name, _cell(interval, digits, scale, "+", few) + mark, other)
     return table
 
@@ -157,7 +196,30 @@ def _cell(interval: Interval, digits: int, scale: float = 1, sign: str = "", few
     return f"{value:{sign}.{digits}f} \\[{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
+def _tree(results: EvalResults) -> dict[str, Any]:
+    """Plain data; what only some tasks have is left out elsewhere."""
+    tree = asdict(results)
+    for form in tree["forms"].values():
+        for name in ("scores", "details"):
+            if not form[name]:
+                del form[name]
+    return tree
+
+
 def _form_from_tree(tree: dict[str, Any]) -> FormResult:
-    accuracy = Interval(**tree["accuracy"]) if tree["accuracy"] is not None else None
-    loss, perplexity = Interval(**tree["loss"]), Interval(**tree["perplexity"])
-    return FormResult(loss, perplexity, accuracy, tree["rows"], tree["seconds"], PerRow(**tree["per_row"]))
+    accuracy, perplexity = (_interval_or_none(tree[name]) for name in ("accuracy", "perplexity"))
+    scores = {name: Interval(**ends) for name, ends in tree.get("scores", {}).items()}
+    return FormResult(
+        Interval(**tree["loss"]),
+        perplexity,
+        accuracy,
+        tree["rows"],
+        tree["seconds"],
+        PerRow(**tree["per_row"]),
+        scores,
+        tree.get("details", {}),
+    )
+
+
+def _interval_or_none(tree: dict[str, float] | None) -> Interval | None:
+    return None if tree is None else Interval(**tree)

@@ -21,6 +21,7 @@ from qlora_kit.eval.forms import FormResult, PairResult, PerRow, compare_forms, 
 from qlora_kit.eval.metrics import compute_metric
 from qlora_kit.eval.results import EvalResults, plot_results, print_table, write_results
 from qlora_kit.eval.scorers import BundleScorer, Scorer, TorchScorer
+from qlora_kit.eval.task_run import evaluate_task_run
 from qlora_kit.export.bundle import REJECTED
 from qlora_kit.model.load import to_reference
 from qlora_kit.recipe import Recipe
@@ -43,6 +44,8 @@ def evaluate_run(
     Raises:
         EvalError: a form is not there; RunError, DataError: the run or its data is not.
     """
+    if run.recipe().task.type != "causal_lm":
+        return evaluate_task_run(run, console, only, max_rows)
     recipe, tokenizer = run.recipe(), load_run_tokenizer(run)
     forms = find_forms(run, tokenizer)
     for name in only or []:

@@ -38,7 +38,7 @@ class TorchScorer:
 
     def losses(self, rows: Sequence[Encoded]) -> list[RowLoss]:
         found: dict[int, RowLoss] = {}
-        for places in _by_length(rows, self.batch_size):
+        for places in by_length(rows, self.batch_size):
             batch = collate([rows[place] for place in places], pad_id=self.tokenizer.pad_token_id)
             batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
             sums, tokens = row_losses(self.model, batch)
@@ -60,7 +60,7 @@ class BundleScorer:
 
     def losses(self, rows: Sequence[Encoded]) -> list[RowLoss]:
         found: dict[int, RowLoss] = {}
-        for places in _by_length(rows, self.batch_size):
+        for places in by_length(rows, self.batch_size):
             batch = collate([rows[p] for p in places], pad_id=self.tokenizer.pad_token_id)
             with _said(self.bundle):
                 logits = self.bundle.logits(batch["input_ids"].numpy(), batch["attention_mask"].numpy())
@@ -92,7 +92,7 @@ def _until(ids: list[int], ends: set[int]) -> list[int]:
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
-def _by_length(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
+def by_length(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
     """Places of the rows in batches of similar length, so that little is padding."""
     order = sorted(range(len(rows)), key=lambda place: (len(rows[place].input_ids), place))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

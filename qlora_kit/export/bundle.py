@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_runtime import (
     Bundle,
@@ -24,6 +25,8 @@ from qlora_kit.export.graph import build_graph
 from qlora_kit.export.reference import ReferenceRow
 from qlora_kit.export.verify import Distances, Profile, measure, tolerance_of
 from qlora_kit.model.source import sha256_file
+
+T = TypeVar("T")
 
 REJECTED = ".rejected"
 """Ending of a bundle's folder that did not pass."""
@@ -43,18 +46,30 @@ def make_bundle(
             nothing at `target`.
         ExportError: the model has no graph, the graph does not run, or the disk is full; `target` is untouched.
     """
+
+    def build(folder: Path) -> tuple[Distances, list[str]]:
+        build_graph(merged, folder, profile.name)
+        return _prove(merged, folder, profile, rows, {"tools": tools}, base, adapter)
+
+    return published(target, profile.name, build)
+
+
+def published(target: Path, profile: str, build: Callable[[Path], tuple[T, list[str]]]) -> T:
+    """What `build` found of the bundle that it made in a folder: its distances, and reasons why it did not pass.
+
+    Raises: as `make_bundle`.
+    """
     partial = target.with_name(f".partial-{target.name}")
     rejected = target.with_name(f"{target.name}{REJECTED}")
     try:
         for folder in (partial, rejected):
             shutil.rmtree(folder, ignore_errors=True)
         partial.mkdir(parents=True)
-        build_graph(merged, partial, profile.name)
-        distances, reasons = _prove(merged, partial, profile, rows, {"tools": tools}, base, adapter)
+        found, reasons = build(partial)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, rejected if reasons else target)
     except BundleError as error:
-        raise ExportError(f"{profile.name}: the bundle does not run: {error}", fix="Report this") from error
+        raise ExportError(f"{profile}: the bundle does not run: {error}", fix="Report this") from error
     except OSError as error:
         raise ExportError(
             f"{target} cannot be written: {error.strerror}", fix="Free some space and export again"
@@ -63,10 +78,10 @@ def make_bundle(
         shutil.rmtree(partial, ignore_errors=True)
     if reasons:
         raise VerificationError(
-            f"{profile.name}: the bundle is not the model that was trained: {' '.join(reasons)}",
+            f"{profile}: the bundle is not the model that was trained: {' '.join(reasons)}",
             fix=f"It lies in {rejected} to be looked at; export another profile, or report this",
         )
-    return distances
+    return found
 
 
 def _prove(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,24 @@ from qlora_kit.data.template import stop_token_ids
 from qlora_kit.errors import ExportError, RunError
 from qlora_kit.export.bundle import make_bundle
 from qlora_kit.export.merge import LayerDelta, merge_adapter, save_merged
-from qlora_kit.export.reference import ReferenceRow
 from qlora_kit.export.rows import calibration_rows, proof_rows, reference_rows
 from qlora_kit.export.smoothing import smooth
+from qlora_kit.export.task_bundle import TaskModel, make_task_bundle
+from qlora_kit.export.task_proof import TaskDistances, bundled_task, context_length, task_rows
 from qlora_kit.export.verify import PROFILES, Distances
 from qlora_kit.model.load import to_reference
 from qlora_kit.model.source import sha256_file
 from qlora_kit.recipe import Recipe
 from qlora_kit.train.records import tool_versions
-from qlora_kit.train.restore import load_run_tokenizer, load_tuned
+from qlora_kit.train.restore import load_run_tokenizer, load_tuned, run_task
 from qlora_kit.train.run_folder import RunFolder, write_json
 
-EXPORT_TOOLS = ("onnx", "onnxruntime", "onnxruntime-genai", "qlora-runtime")
+EXPORT_TOOLS = ("onnx", "onnxruntime", "onnxruntime-genai", "onnxscript", "qlora-runtime")
+
+Found = Distances | TaskDistances
 
 
-def export_run(run: RunFolder, console: Console, profiles: list[str] | None = None) -> dict[str, Distances]:
+def export_run(run: RunFolder, console: Console, profiles: list[str] | None = None) -> dict[str, Found]:
     """Writes RUN/merged and RUN/bundles/PROFILE for each profile.
 
     Raises:
@@ -49,19 +53,12 @@ def export_run(run: RunFolder, console: Console, profiles: list[str] | None = No
         )
     with run.lock():
         sources = _provenance(run)
-        folders, rows = _merge(run, recipe, tokenizer, names, console)
-        made: dict[str, Distances] = {}
+        make = _merge(run, recipe, tokenizer, names, sources, console)
+        made: dict[str, Found] = {}
         failures: list[ExportError] = []
         for name in names:
             try:
-                made[name] = make_bundle(
-                    folders[name],
-                    run.bundles / name,
-                    PROFILES[name],
-                    rows,
-                    tools=tool_versions(EXPORT_TOOLS),
-                    **sources,
-                )
+                made[name] = make(name)
                 console.print(_summary(run, name, made[name]), highlight=False)
             except ExportError as error:
                 failures.append(error)
@@ -91,29 +88,62 @@ def _provenance(run: RunFolder) -> dict[str, Any]:
 
 
 def _merge(
-    run: RunFolder, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, names: list[str], console: Console
-) -> tuple[dict[str, Path], list[ReferenceRow]]:
+    run: RunFolder,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    names: list[str],
+    sources: dict[str, Any],
+    console: Console,
+) -> Callable[[str], Found]:
     """Writes RUN/merged and RUN/merge.json.
 
-    Returns: the folder that each profile is built from, and what the trained model answered before it was merged.
+    Returns: what makes the bundle of a profile, and holds it to what the trained model said before it was merged.
 
     Raises:
-        ExportError: too few rows to prove a bundle on, or a merged weight that is not finite.
+        ExportError: a task without bundles, too few rows to prove a bundle on, or a merged weight that is not finite.
     """
-    model = to_reference(load_tuned(run))
-    _set_end_tokens(model, tokenizer)
-    data = prepare(recipe.data, tokenizer, recipe.run.seed)
-    rows = reference_rows(model, proof_rows(data, recipe.export.verify_prompts))
+    task, model = run_task(run), to_reference(load_tuned(run))
+    generates = task.settings.type == "causal_lm"
+    info = None if generates else bundled_task(task, recipe.data, model)
+    if generates:
+        _set_end_tokens(model, tokenizer)
+    data = prepare(recipe.data, tokenizer, recipe.run.seed, task)
+    chosen = proof_rows(data, recipe.export.verify_prompts)
+    rows = reference_rows(model, chosen) if info is None else []
+    task_model = None
+    if info is not None:
+        answers = task_rows(model, task, info, chosen, recipe.data, tokenizer)
+        task_model = TaskModel(info, task.auto_class, tokenizer, context_length(model), answers)
+    folders = _write_merged(run, model, tokenizer, names, calibration_rows(data), console)
+
+    def make(name: str) -> Found:
+        target, tools = run.bundles / name, tool_versions(EXPORT_TOOLS)
+        if task_model is not None:
+            return make_task_bundle(folders[name], target, name, task_model, tools=tools, **sources)
+        return make_bundle(folders[name], target, PROFILES[name], rows, tools=tools, **sources)
+
+    return make
+
+
+def _write_merged(
+    run: RunFolder,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: list[str],
+    calibration: list[list[int]],
+    console: Console,
+) -> dict[str, Path]:
+    """Merges; returns the folder that each profile is built from."""
     deltas = merge_adapter(model)
     save_merged(model, tokenizer, run.merged)
     write_json(run.path / "merge.json", _merge_report(deltas))
     console.print(f"merged {len(deltas)} layers in fp32 into {run.merged}", highlight=False)
     folders = dict.fromkeys(names, run.merged)
-    if "int8" in names and (layers := smooth(model, calibration_rows(data))):
+    if "int8" in names and (layers := smooth(model, calibration)):
         console.print(f"int8: ranges of {layers} layers moved from activations into weights", highlight=False)
         save_merged(model, tokenizer, _smoothed_folder(run))
         folders["int8"] = _smoothed_folder(run)
-    return folders, rows
+    return folders
 
 
 def _smoothed_folder(run: RunFolder) -> Path:
@@ -135,11 +165,9 @@ def _merge_report(deltas: list[LayerDelta]) -> list[dict[str, float | str]]:
     ]
 
 
-def _summary(run: RunFolder, name: str, found: Distances) -> str:
+def _summary(run: RunFolder, name: str, found: Found) -> str:
     size = sum(file.stat().st_size for file in (run.bundles / name).rglob("*") if file.is_file())
-    return (
-        f"{run.bundles / name}: {size / 2**20:.0f} MiB, verified on {found.rows_in_words()}: largest logit difference "
-        f"{found.max_logit:.2g}, top-1 agreement {found.top1_agreement:.2%}, perplexity ratio "
-        f"{found.perplexity_ratio:.6f} over {found.perplexity_tokens} tokens, {found.greedy_in_words()}"
-        + "".join(f"\n{name}, WARNING: {warning}" for warning in found.warnings)
+    warnings = found.warnings if isinstance(found, Distances) else []
+    return f"{run.bundles / name}: {size / 2**20:.0f} MiB, verified on {found.in_words()}" + "".join(
+        f"\n{name}, WARNING: {warning}" for warning in warnings
     )

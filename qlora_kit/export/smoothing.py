@@ -36,6 +36,8 @@ def smooth(model: PreTrainedModel, rows: Sequence[Sequence[int]], strength: floa
         rows: token ids of training rows, on which the inputs' ranges are measured; none leave the model as it is.
     """
     pairs = list(smoothing_pairs(model)) if rows else []
+    if not pairs:
+        return 0
     ranges = _input_ranges(model, [pair.layers[0] for pair in pairs], rows)
     for pair, reach in zip(pairs, ranges):
         weight_reach = torch.stack([layer.weight.abs().amax(0) for layer in pair.layers]).amax(0)

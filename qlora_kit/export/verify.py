@@ -90,6 +90,14 @@ class Distances:
             return NO_GREEDY_TOKEN
         return f"greedy tokens {self.greedy_tokens_equal} of {self.greedy_tokens_compared} equal"
 
+    def in_words(self) -> str:
+        """What was compared, and how it came out."""
+        return (
+            f"{self.rows_in_words()}: largest logit difference {self.max_logit:.2g}, top-1 agreement "
+            f"{self.top1_agreement:.2%}, perplexity ratio {self.perplexity_ratio:.6f} over {self.perplexity_tokens} "
+            f"tokens, {self.greedy_in_words()}"
+        )
+
     def to_json(self) -> dict[str, object]:
         """All fields; null for numbers that are not finite."""
         return {

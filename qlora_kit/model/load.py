@@ -140,8 +140,9 @@ def head_modules(model: PreTrainedModel) -> list[str]:
         for name, child in model.named_children()
         if name != model.base_model_prefix and any(True for _ in child.parameters())
     ]
-    pooler = f"{model.base_model_prefix}.pooler"
-    return [pooler, *heads] if isinstance(getattr(model.base_model, "pooler", None), nn.Module) else heads
+    pooler = getattr(model.base_model, "pooler", None)
+    trained = isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters())  # of images: a mere average
+    return [f"{model.base_model_prefix}.pooler", *heads] if trained else heads
 
 
 def load_tokenizer(folder: Any, trust_remote_code: bool = False, generates: bool = True) -> PreTrainedTokenizerBase:

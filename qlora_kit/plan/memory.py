@@ -12,23 +12,14 @@ from typing import Any
 
 from qlora_kit.adapters.settings import AdapterSettings, LoraSettings
 from qlora_kit.errors import AdapterError
+from qlora_kit.plan.base import Component, base_parts, loading_parts, teacher_parts
 from qlora_kit.plan.shapes import Linear, ModelShapes, model_shapes
-from qlora_kit.plan.stored import BYTES, Device, optimizer_bytes, stored_bytes
+from qlora_kit.plan.stored import BYTES, Device, optimizer_bytes
 from qlora_kit.plan.trained import find_targets, parameters_saved, trained_biases
-from qlora_kit.recipe import BaseSection, Recipe, TrainSection
+from qlora_kit.recipe import Recipe, TrainSection
 
 Tensor = tuple[int, str]
 """Size and dtype of a trained tensor."""
-
-
-@dataclass(frozen=True)
-class Component:
-    """One part of the memory. `exact` is False for estimates, which can be off by half."""
-
-    name: str
-    bytes: int
-    exact: bool
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +31,7 @@ class Plan:
         adapter_parameters: weights that the adapter adds.
         trainable_parameters: these, and modules and biases trained in full.
         targets: names of the linear layers that get an adapter.
+        loading: what is there at once before the first step, where the base is loaded whole; none of it stays.
     """
 
     model: str
@@ -50,6 +42,7 @@ class Plan:
     trainable_parameters: int
     targets: list[str]
     components: list[Component]
+    loading: list[Component]
 
     @property
     def exact_bytes(self) -> int:
@@ -62,13 +55,19 @@ class Plan:
         return sum(part.bytes for part in self.components if not part.exact)
 
     @property
+    def loading_bytes(self) -> int:
+        """Before the first step, where the base is loaded whole; else 0."""
+        return sum(part.bytes for part in self.loading)
+
+    @property
     def total_bytes(self) -> int:
-        return self.exact_bytes + self.rough_bytes
+        """Of training, or of loading where that takes more."""
+        return max(self.exact_bytes + self.rough_bytes, self.loading_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`, totals included."""
-        totals = {"exact_bytes": self.exact_bytes, "rough_bytes": self.rough_bytes, "total_bytes": self.total_bytes}
-        return asdict(self) | totals
+        totals = ("exact_bytes", "rough_bytes", "loading_bytes", "total_bytes")
+        return asdict(self) | {name: getattr(self, name) for name in totals}
 
 
 def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Plan:
@@ -81,7 +80,7 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Pla
     Raises:
         ModelError: the architecture is unknown or the config incomplete.
         AdapterError: target_modules, modules_to_save or a layer's own rank or alpha match nothing, or both of the
-            former one layer.
+            former one layer; or nothing would be trained.
     """
     shapes = model_shapes(config)
     parameters = shapes.parameters()
@@ -100,6 +99,12 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Pla
     added = adapter_tensors(targets, shapes.hidden, adapter)
     weights = sum(size for size, _ in added)
     in_full = saved | trained_biases(parameters, targets, getattr(adapter, "bias", "none"))
+    if not added and not in_full:  # biases alone, of a model that has none
+        raise AdapterError(
+            f"adapter.method {adapter.method}: nothing would be trained, as this {config['model_type']} model has no "
+            "biases",
+            fix="Take a method that adds weights of its own: lora, dora, bottleneck, prompt_tuning",
+        )
     new_rows = len(adapter.new_tokens) * shapes.hidden
     in_full = {name: size + (new_rows if _is_vocabulary(name, shapes) else 0) for name, size in in_full.items()}
     return Plan(
@@ -111,12 +116,13 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Pla
         trainable_parameters=weights + sum(in_full.values()),
         targets=[linear.name for linear in targets],
         components=[
-            *_base(shapes, parameters, recipe.base, in_full, saved),
+            *base_parts(shapes, parameters, recipe.base, in_full, saved, shapes.head in targets),
             *_training(added, list(in_full.values()), recipe, device),
             *_kept_by_method(targets, adapter),
-            *_teacher(shapes, parameters, recipe),
+            *teacher_parts(shapes, parameters, recipe),
             *_activations(shapes, recipe),
         ],
+        loading=list(loading_parts(parameters, targets, recipe)),
     )
 
 
@@ -128,31 +134,6 @@ def adapter_tensors(targets: list[Linear], hidden: int, adapter: AdapterSettings
         in_dtype = len(sizes) - adapter.fp32_tensors
         tensors += [(size, adapter.dtype if place < in_dtype else "fp32") for place, size in enumerate(sizes)]
     return tensors + [(size, adapter.dtype) for size in adapter.model_sizes(hidden)]
-
-
-def _base(
-    shapes: ModelShapes, parameters: dict[str, int], base: BaseSection, in_full: dict[str, int], saved: dict[str, int]
-) -> Iterable[Component]:
-    """The base model's own tensors; what is trained in full is trained in place, and fp16 is too coarse for that."""
-    width = BYTES[base.compute_dtype]
-    in_place = max(width, 4) if base.compute_dtype == "fp16" else width
-
-    def plain(names: Iterable[str]) -> int:
-        return sum(in_full[name] * in_place if name in in_full else parameters[name] * width for name in names)
-
-    whole = [linear for linear in shapes.linears if f"{linear.name}.weight" in saved]
-    packed = [linear for linear in shapes.linears if linear not in whole]
-    bits = sum(stored_bytes(linear.weights, linear.out_features, base) for linear in packed)
-    label = base.quant + (", double" if base.double_quant and base.quant in ("nf4", "fp4") else "")
-    stored = f"{label}; {8 * bits / max(1, sum(linear.weights for linear in packed)):.2f} bits a weight"
-    yield Component("linear layers", bits, True, base.compute_dtype if base.quant == "none" else stored)
-    if whole:
-        yield Component("linear layers trained in full", plain(f"{linear.name}.weight" for linear in whole), True)
-    biases = plain(f"{linear.name}.bias" for linear in shapes.linears if linear.bias)
-    yield Component("embeddings", plain(shapes.embeddings), True, base.compute_dtype)
-    head = 0 if shapes.tied else plain([f"{shapes.head.name}.weight"])
-    yield Component("output head", head, True, "tied to the embedding" if shapes.tied else base.compute_dtype)
-    yield Component("norms and biases", plain(shapes.norms) + biases, True, base.compute_dtype)
 
 
 def _training(added: list[Tensor], in_full: list[int], recipe: Recipe, device: Device) -> Iterable[Component]:
@@ -175,22 +156,6 @@ def _kept_by_method(targets: list[Linear], adapter: AdapterSettings) -> Iterable
     sizes = [size for t in targets for size in adapter.kept_sizes(t.name, t.in_features, t.out_features)]
     if sizes:
         yield Component("kept from step to step", 4 * sum(sizes), True, f"{adapter.method}, fp32")
-
-
-def _teacher(shapes: ModelShapes, parameters: dict[str, int], recipe: Recipe) -> Iterable[Component]:
-    """The model that guides the training; of another than the base only its own config could tell."""
-    distill = recipe.train.distill
-    if distill is None:
-        return
-    if distill.teacher != "base":
-        yield Component("teacher", 0, False, f"not counted: {distill.teacher} is not looked at")
-        return
-    base = recipe.base.model_copy(update={"quant": distill.quant, "double_quant": True})
-    size = sum(part.bytes for part in _base(shapes, parameters, base, {}, {}))
-    if distill.top_k is None:
-        yield Component("teacher", size, True, f"the base in {distill.quant}")
-    else:
-        yield Component("teacher", 0, True, f"only before the first step: {size / 2**30:.1f} GiB beside the base")
 
 
 def _optimizer_note(train: TrainSection, device: Device) -> str:

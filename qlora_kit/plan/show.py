@@ -26,7 +26,14 @@ def print_plan(plan: Plan, console: Console, found_here: bool = False) -> None:
         _add(table, part)
     for part in (*_parts(plan, exact=False), ("in use", plan.rough_bytes, "rough estimate, can be off by half"), None):
         _add(table, part)
-    _add(table, ("total", plan.total_bytes, "without CUDA's context, Python and its libraries"))
+    for held in plan.loading:
+        _add(table, (held.name, held.bytes, held.note))
+    if plan.loading:
+        _add(table, ("loading", plan.loading_bytes, "before the first step; none of it stays"))
+        table.add_section()
+    outside = "without CUDA's context, Python and its libraries"
+    larger = "of loading, which takes more than training; " if plan.total_bytes == plan.loading_bytes else ""
+    _add(table, ("total", plan.total_bytes, larger + outside))
     console.print(table)
 
 
@@ -39,7 +46,7 @@ def _add(table: Table, part: tuple[str, int, str] | None) -> None:
         table.add_section()
         return
     name, size, note = part
-    strong = "bold" if name in ("stored", "in use", "total") else ""
+    strong = "bold" if name in ("stored", "in use", "loading", "total") else ""
     table.add_row(name, format_bytes(size), note, style=strong)
 
 

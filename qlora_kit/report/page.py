@@ -44,6 +44,7 @@ def render_report(records: RunRecords) -> str:
         environment={key: manifest[key] for key in ("machine", "tools", "base") if manifest.get(key)},
         data=manifest.get("data") or {},
         other={key: value for key, value in manifest.items() if key not in _SHOWN_BY_THEMSELVES},
+        columns=_columns(records.results),
         forms=_forms(records.results),
         pairs=_pairs(records.results),
     )
@@ -129,28 +130,46 @@ def _points(records: list[Record], key: str, unit: float = 1.0) -> list[Point]:
     return [(step, math.nan if value is None else value / unit) for step, value in values]
 
 
+def _columns(results: Record) -> list[str]:
+    """Headings of the evaluation table: of a task the loss and its scores."""
+    scores = _scores(results)
+    return ["loss", *scores] if scores else ["loss (nats/token)", "perplexity", "accuracy (%)"]
+
+
 def _forms(results: Record) -> list[dict[str, Any]]:
     """Rows of the evaluation table: form name and `value [low, high]` a metric."""
-    rows = []
+    scores, rows = _scores(results), []
     for name, form in _mapping(results.get("forms")).items():
         form = _mapping(form)
-        cells = {key: _interval(form.get(key), *how, few=_few(results)) for key, how in _CELLS.items()}
-        rows.append({"name": name, **cells, "rows": form.get("rows"), "seconds": form.get("seconds")})
+        how_of = {"loss": (1, 3)} | dict.fromkeys(scores, (1, 3)) if scores else _CELLS
+        values = form | _mapping(form.get("scores"))
+        cells = [_interval(values.get(key), *how, few=_few(results)) for key, how in how_of.items()]
+        report = _mapping(form.get("details")).get("report")
+        rows.append(
+            {"name": name, "cells": cells, "rows": form.get("rows"), "seconds": form.get("seconds"), "report": report}
+        )
     return rows
+
+
+def _scores(results: Record) -> list[str]:
+    """Names of the scores of a task; none of causal language modelling."""
+    forms = [_mapping(form) for form in _mapping(results.get("forms")).values()]
+    return list(dict.fromkeys(name for form in forms for name in _mapping(form.get("scores"))))
 
 
 def _pairs(results: Record) -> list[dict[str, Any]]:
     """Rows of the table of paired differences; accuracy in points, disagreement in % of rows."""
-    rows = []
+    rows, of_task = [], bool(_scores(results))
     for pair in map(_mapping, _list(results.get("pairs"))):
         metric = str(pair.get("metric"))
+        in_points = metric == "accuracy" and not of_task
         ends = {"value": pair.get("difference"), "low": pair.get("low"), "high": pair.get("high")}
         other = number(pair, "disagree")
         rows.append(
             {
                 "name": f"{pair.get('a')} − {pair.get('b')}",
-                "metric": "accuracy (points)" if metric == "accuracy" else metric,
-                "difference": _interval(ends, *((100, 1) if metric == "accuracy" else (1, 3)), few=_few(results)),
+                "metric": "accuracy (points)" if in_points else metric,
+                "difference": _interval(ends, *((100, 1) if in_points else (1, 3)), few=_few(results)),
                 "disagree": "–" if other is None else f"{100 * other:.1f}",
             }
         )

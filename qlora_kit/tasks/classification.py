@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,10 @@ class Classification(_OneHead[ClassificationSettings]):
             losses = F.cross_entropy(logits, labels, reduction="none") * self.weights.to(logits.device)[labels]
         return losses[:, None], torch.ones_like(losses[:, None], dtype=torch.bool)
 
+    def shown(self, row: Encoded, tokenizer: Any) -> str:
+        chosen = np.flatnonzero(row.labels) if self.settings.multi_label else row.labels
+        return super().shown(replace(row, labels=chosen), tokenizer)
+
 
 class Regression(_OneHead[RegressionSettings]):
     """One number a row, squared error."""
@@ -95,3 +100,6 @@ class Regression(_OneHead[RegressionSettings]):
         predicted = model(**without_labels(batch)).logits.float()  # [batch, 1]
         losses = (predicted - batch["labels"][:, None]) ** 2
         return losses, torch.ones_like(losses, dtype=torch.bool)
+
+    def shown(self, row: Encoded, tokenizer: Any) -> str:
+        return f"{tokenizer.decode(row.input_ids)}\n→ {row.labels.view(np.float32)[0]:g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from qlora_kit.data.examples import RowError
 from qlora_kit.data.masking import Encoded
@@ -24,9 +25,19 @@ def encode_texts(text: str, pair: str | None, labels: np.ndarray, tokenizer: Any
     if cut:
         out = tokenizer(text, pair, return_token_type_ids=True, truncation="longest_first", max_length=limit)
     ids = np.array(out["input_ids"], dtype=np.int32)
-    kinds = np.array(out["token_type_ids"])
-    second = int(np.argmax(kinds)) if pair is not None and kinds.any() else -1
+    second = second_text(np.array(out["token_type_ids"])) if pair is not None else -1
     return Encoded(ids, labels, truncated=cut, second=second)
+
+
+def second_text(type_ids: np.ndarray) -> int:
+    """The token where the second of two texts starts, by the types of all tokens (int [seq]); -1 where none says so."""
+    return int(np.argmax(type_ids)) if type_ids.any() else -1
+
+
+def backend(tokenizer: Any) -> Tokenizer:
+    """The tokenizer of the package `tokenizers` inside one of transformers: what the runtime reads from its file."""
+    inner: Tokenizer = tokenizer.backend_tokenizer
+    return inner
 
 
 def overlong(tokens: int, limit: int) -> RowError:

@@ -12,20 +12,39 @@ from qlora_kit.recipe import DataSection
 from qlora_kit.task_settings import TaskSettings
 from qlora_kit.tasks.causal_lm import CausalLm
 from qlora_kit.tasks.classification import Classification, Regression
+from qlora_kit.tasks.images import ImageClassification
+from qlora_kit.tasks.question_answering import QuestionAnswering
+from qlora_kit.tasks.seq2seq import Seq2Seq
+from qlora_kit.tasks.speech import SpeechRecognition
+from qlora_kit.tasks.tagging import Tagging
 from qlora_kit.tasks.task import Task
 
 TASK_CLASSES: dict[str, type[Task[Any]]] = {
     "causal_lm": CausalLm,
     "classification": Classification,
     "regression": Regression,
+    "tagging": Tagging,
+    "question_answering": QuestionAnswering,
+    "seq2seq": Seq2Seq,
+    "image_classification": ImageClassification,
+    "speech_recognition": SpeechRecognition,
 }
+
+
+def task_class(settings: TaskSettings) -> type[Task[Any]]:
+    """The class of a task.
+
+    Raises:
+        DataError: there is none yet.
+    """
+    if settings.type not in TASK_CLASSES:
+        raise DataError(f"task.type {settings.type} is not available yet", allowed=", ".join(TASK_CLASSES))
+    return TASK_CLASSES[settings.type]
 
 
 def task_of(settings: TaskSettings, labels: list[str]) -> Task[Any]:
     """The task with labels that are known already."""
-    if settings.type not in TASK_CLASSES:
-        raise DataError(f"task.type {settings.type} is not available yet", allowed=", ".join(TASK_CLASSES))
-    return TASK_CLASSES[settings.type](settings, labels)
+    return task_class(settings)(settings, labels)
 
 
 def prepare_task(settings: TaskSettings, section: DataSection) -> Task[Any]:

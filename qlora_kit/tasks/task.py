@@ -89,8 +89,13 @@ class Task(Generic[S]):
         """What a run's `tokens` count of a batch."""
         return int(batch["attention_mask"].sum())
 
+    def shown(self, row: Encoded, tokenizer: Any) -> str:
+        """A row for people to read: its text or file, and what is to be said of it."""
+        said = [self.labels[k] for k in row.labels] if self.labels else [tokenizer.decode(row.labels)]
+        return f"{row.file or tokenizer.decode(row.input_ids)}\n→ {', '.join(said)}"
+
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raises DataError where the settings ask for more than the model can take."""
+        """Raises a DataError or ModelError where the task and this model, its adapter in it, do not go together."""
 
     @torch.no_grad()
     def row_losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

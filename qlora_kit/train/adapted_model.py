@@ -16,8 +16,10 @@ from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.data.template import resolve_template
 from qlora_kit.errors import TrainingError
 from qlora_kit.model.load import DTYPES, Architecture, head_modules, load_base, load_tokenizer
+from qlora_kit.model.processor import load_processor
 from qlora_kit.model.source import BaseSource
 from qlora_kit.recipe import Recipe
+from qlora_kit.tasks.registry import task_class
 from qlora_kit.tasks.task import Task
 from qlora_kit.train.checkpoint import newest_checkpoint
 from qlora_kit.train.determinism import seed_for
@@ -25,8 +27,13 @@ from qlora_kit.train.optim import AdapterOptimizer, optimizer_maker
 from qlora_kit.train.run_folder import RunFolder
 
 
-def prepared_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with the run's new tokens and chat template: what trains, generates and ships."""
+def prepared_tokenizer(recipe: Recipe, folder: Path) -> Any:
+    """The base's tokenizer with the run's new tokens and chat template: what trains, generates and ships.
+
+    Where the rows are images or sounds it is their processor instead.
+    """
+    if processor := task_class(recipe.task).processor:
+        return load_processor(folder, processor, recipe.base.trust_remote_code)
     tokenizer = load_tokenizer(folder, recipe.base.trust_remote_code, recipe.task.answers_with_text)
     if recipe.adapter.new_tokens:
         tokenizer.add_tokens(recipe.adapter.new_tokens)
@@ -45,7 +52,7 @@ def load_for_training(
     recipe: Recipe,
     task: Task[Any],
     source: BaseSource,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     device: torch.device,
     stored: Path | None = None,
 ) -> tuple[PreTrainedModel, Method[Any]]:
@@ -66,10 +73,9 @@ def load_for_training(
         quantize_later=METHODS[recipe.adapter.method].replaces_base,
         architecture=architecture_of(task),
     )
-    model.config.pad_token_id = tokenizer.pad_token_id  # a decoder's head reads the last token before padding
     torch.manual_seed(seed_for(recipe.run.seed, "init"))
-    if len(tokenizer) > cast(Tensor, model.get_input_embeddings().weight).shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
+    if not task.processor:
+        _fit_tokenizer(model, tokenizer)
     settings = with_head(recipe.adapter, model) if task.fresh_head else recipe.adapter
     method = method_for(with_new_tokens(settings, model))
     method.prepare(tokenizer)
@@ -77,9 +83,24 @@ def load_for_training(
         method.read_beside(stored)
     method.inject(model)
     if recipe.train.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        _checkpoint_activations(model)
     return model.train(), method
+
+
+def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the model, in place, the tokenizer's padding and an embedding of each of its tokens."""
+    model.config.pad_token_id = tokenizer.pad_token_id  # a decoder's head reads the last token before padding
+    if len(tokenizer) > cast(Tensor, model.get_input_embeddings().weight).shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise TrainingError(
+            f"{type(model).__name__} cannot recompute its activations", fix="Set train.gradient_checkpointing=false"
+        )
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def stored_base(recipe: Recipe, run: RunFolder, resume: bool) -> Path | None:

@@ -123,8 +123,9 @@ def train_step(session: Session, step: int) -> StepStats:
     lr = lr_at(step, train.lr, train.schedule, train.warmup_steps, session.total_steps)
     optimizer.set_lr(lr)
     if not overflow:
-        optimizer.step(clip_factor(norm, train.max_grad_norm))
-        session.method.after_step(session.plain, step, session.total_steps, lr)
+        clip = clip_factor(norm, train.max_grad_norm)
+        optimizer.step(clip)
+        session.method.after_step(session.plain, step, session.total_steps, lr, clip)
     resize_adapter(session, step)
     scaler.update(overflow)
     optimizer.zero_grad()
@@ -133,7 +134,7 @@ def train_step(session: Session, step: int) -> StepStats:
 
 def _count_tokens(session: Session, batches: list[Batch]) -> tuple[int, int]:
     """(tokens, losses that count) of a step, over all processes."""
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    tokens = sum(session.task.size(batch) for batch in batches)
     loss_tokens = sum(session.task.count(batch) for batch in batches)
     counts = torch.tensor([tokens, loss_tokens], device=session.accelerator.device)
     tokens, loss_tokens = session.accelerator.reduce(counts).tolist()

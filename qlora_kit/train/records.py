@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -59,7 +60,7 @@ def eval_record(state: TrainState, loss: float, tokens: int, improved: bool, per
 
 def at_start(session: Session) -> dict[str, Any]:
     """The manifest of a run that begins."""
-    template = session.tokenizer.chat_template
+    template = getattr(session.tokenizer, "chat_template", None)
     quantized = [module for module in session.plain.modules() if isinstance(module, QuantizedLinear)]
     return {
         "status": "running",
@@ -78,7 +79,7 @@ def at_start(session: Session) -> dict[str, Any]:
             "quantized_bytes": sum(module.stored_bytes() for module in quantized),
         },
         "data": session.data.report.to_json(),
-        "tokenizer_sha256": sha256_file(session.run.tokenizer / "tokenizer.json"),
+        "tokenizer_sha256": sha256_file(_tokenizer_file(session.run)),
         "chat_template": template if isinstance(template, str) else None,
         "tools": tool_versions(),
         "machine": machine(session),
@@ -86,6 +87,12 @@ def at_start(session: Session) -> dict[str, Any]:
         "resumes": [],
         "results": {"trainable_params": _trained_weights(session)},
     }
+
+
+def _tokenizer_file(run: RunFolder) -> Path:
+    """What says how rows become the model's input: the tokenizer, or how images are prepared."""
+    text = run.tokenizer / "tokenizer.json"
+    return text if text.is_file() else run.tokenizer / "preprocessor_config.json"
 
 
 def published(run: RunFolder, step: int) -> dict[str, Any]:

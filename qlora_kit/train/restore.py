@@ -6,30 +6,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from qlora_kit.adapters.methods import METHODS
 from qlora_kit.adapters.peft_format import load_adapter, read_adapter
 from qlora_kit.errors import RunError
 from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
+from qlora_kit.model.processor import load_processor
 from qlora_kit.model.source import find_base
 from qlora_kit.recipe import Recipe
-from qlora_kit.tasks.registry import task_of
+from qlora_kit.tasks.registry import task_class, task_of
 from qlora_kit.tasks.task import Task
 from qlora_kit.train.adapted_model import architecture_of
 from qlora_kit.train.determinism import seed_for
 from qlora_kit.train.run_folder import RunFolder
 
 
-def load_run_tokenizer(run: RunFolder) -> PreTrainedTokenizerBase:
-    """The tokenizer that the run trained with: new tokens and chat template included.
+def load_run_tokenizer(run: RunFolder) -> Any:
+    """The tokenizer that the run trained with, new tokens and chat template included; of images or sounds their
+    processor.
 
     Raises:
         RunError: the run did not get that far.
     """
     if not run.tokenizer.is_dir():
         raise RunError(f"{run.path} has no tokenizer folder: it was never trained", fix="Train it first")
-    return load_tokenizer(run.tokenizer, generates=run.recipe().task.answers_with_text)
+    task = run.recipe().task
+    if processor := task_class(task).processor:
+        return load_processor(run.tokenizer, processor)
+    return load_tokenizer(run.tokenizer, generates=task.answers_with_text)
 
 
 def run_task(run: RunFolder) -> Task[Any]:
@@ -60,6 +65,7 @@ def load_run_base(
         raise RunError(f"{run.path} was trained on another model than {base.model} now holds", fix="Put its files back")
     skip = list(recipe.adapter.modules_to_save)
     torch.manual_seed(seed_for(recipe.run.seed, "head"))
+    task = run_task(run)
     model = load_base(
         source,
         base.quant if quant is None else quant,
@@ -69,9 +75,10 @@ def load_run_base(
         skip,
         base.trust_remote_code,
         quantize_later=quantize_later,
-        architecture=architecture_of(run_task(run)),
+        architecture=architecture_of(task),
     )
-    model.config.pad_token_id = load_run_tokenizer(run).pad_token_id
+    if not task.processor:
+        model.config.pad_token_id = load_run_tokenizer(run).pad_token_id
     return model
 
 

@@ -123,6 +123,7 @@ def start_session(recipe: Recipe, run: RunFolder, resume: bool = False) -> Sessi
     stored = stored_base(recipe, run, resume)
     model, method = load_for_training(recipe, task, source, tokenizer, accelerator.device, stored)
     _check_rows_fit(recipe, data, model)
+    task.check_model(model)
     optimizer, notes = make_optimizer(recipe, trainable_parameters(model), accelerator.device, method.lr_factor)
     if recipe.train.grad_accum_steps > 1 and accelerator.num_processes == 1:
         add_gradients_in_fp32(optimizer.parameters)

@@ -49,6 +49,7 @@ def start_from(session: Session) -> dict[str, Any] | None:
     method = cast(Lora, session.method)
     own = method.settings
     _check_fits(session, start, own)
+    _check_optimizer_fits(start, own)
     torch.manual_seed(seed_for(session.recipe.run.seed, "init_from"))
     ranks = {"rank": start.settings.rank, "rank_pattern": start.settings.rank_pattern}
     take_parameters(session, method.change_rank(session.plain, own.model_copy(update=ranks)))
@@ -113,6 +114,19 @@ def _check_same_name(stored: StoredAdapter, folder: Path, session: Session, know
         f"adapter.init_from: {folder} was trained on {base}, this run's base.model is {ours}",
         fix=f"Set base.model={base}; if both are one model, write its name into {folder / CONFIG}",
     )
+
+
+def _check_optimizer_fits(start: Start, own: LoraSettings) -> None:
+    """A bf16 weight keeps its low bits among the states, an fp32 one has none."""
+    theirs = start.settings.dtype
+    if start.checkpoint is not None and theirs != own.dtype:
+        raise AdapterError(
+            f"adapter.init_optimizer: {start.folder} was trained in {theirs}, and its states fit no other dtype; "
+            "adapter.dtype",
+            got=own.dtype,
+            allowed=theirs,
+            fix=f"Set adapter.dtype={theirs}, or leave init_optimizer out to take the weights alone",
+        )
 
 
 def _check_fits(session: Session, start: Start, own: LoraSettings) -> None:

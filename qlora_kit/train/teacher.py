@@ -12,25 +12,23 @@ from qlora_kit.errors import ModelError
 from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
 from qlora_kit.model.source import BaseSource, find_base
 from qlora_kit.recipe import Recipe
-from qlora_kit.train.distill import Distillation, OnlineTeacher
+from qlora_kit.train.distill import Distillation, OnlineTeacher, head_gives_logits
 from qlora_kit.train.run_folder import RunFolder
 from qlora_kit.train.teacher_cache import CachedTeacher
 
-BENT_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # arithmetic behind the head, by config
-
 
 def check_distillable(model: PreTrainedModel, what: str) -> None:
-    """Refuses models whose logits are more than their head's output.
+    """Refuses models whose logits are not their head's output: the head is applied to some tokens at a time.
 
     Raises:
-        ModelError: names the field of the config.
+        ModelError: names the model's class.
     """
-    for field in BENT_LOGITS:
-        if getattr(model.config, field, None) not in (None, 1, 1.0):
-            raise ModelError(
-                f"{what}: distillation cannot take this architecture: its config bends the logits by {field}",
-                fix="Remove train.distill, or use a model without it",
-            )
+    if not head_gives_logits(model):
+        raise ModelError(
+            f"{what}: distillation cannot take {type(model).__name__}: it changes what its output head gives, "
+            "by a soft cap, say",
+            fix="Remove train.distill, or use a model without it",
+        )
 
 
 def find_teacher(recipe: Recipe, base: BaseSource, tokenizer: PreTrainedTokenizerBase) -> BaseSource:

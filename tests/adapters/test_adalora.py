@@ -11,6 +11,7 @@ import pytest
 import torch
 from adapted_models import assert_ships_as_lora, logits
 from tiny_models import save_tiny_model, tiny_ids, tiny_model
+from tiny_run import write_recipe
 
 from qlora_kit.adapters.adalora import AdaLora, AdaLoraLinear
 from qlora_kit.adapters.inject import adapted_layers, trainable_parameters
@@ -20,6 +21,11 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.export.merge import merge_adapter
 from qlora_kit.model.load import load_base
 from qlora_kit.model.source import find_base
+from qlora_kit.recipe_file import load_recipe
+from qlora_kit.train.loop import train_step
+from qlora_kit.train.optim import gradient_norm
+from qlora_kit.train.run_folder import RunFolder
+from qlora_kit.train.session import start_session
 
 SETTINGS = AdaLoraSettings(
     rank=2, init_rank=5, alpha=7.0, dtype="fp32", warmup_share=0.2, final_share=0.3, prune_every=2
@@ -267,6 +273,38 @@ def test_ranks_go_where_they_are_needed() -> None:
     assert sum(kept.values()) == 2 * len(kept)
     assert kept[needy] == 4 == max(kept.values())
     assert min(kept.values()) < 2
+
+
+def test_importance_is_that_of_clipped_gradients() -> None:
+    states = []
+    for factor in (0.25, 1.0):
+        torch.manual_seed(0)
+        ours, method = adapted()
+        randomize(ours)
+        ours(tiny_ids(), labels=tiny_ids()).loss.backward()
+        if factor == 1.0:
+            for parameter in trainable_parameters(ours).values():
+                parameter.grad *= 0.25
+        method.after_step(ours, 1, STEPS, 0.1, factor)
+        states.append(method.state())
+    assert states[0].keys() == states[1].keys() and any(value.any() for value in states[0].values())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_a_run_hands_the_factor_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    adapter = {"method": "adalora", "rank": 2, "alpha": 4.0, "dropout": 0.0}
+    recipe = load_recipe(str(write_recipe(tmp_path, model, adapter=adapter, train={"max_grad_norm": 0.001})))
+    session = start_session(recipe, RunFolder.create(recipe))
+    norms = []
+
+    def look(model: Any, step: int, total_steps: int, lr: float, clip_factor: float) -> None:
+        norms.append(clip_factor * gradient_norm(list(trainable_parameters(model).values())))
+
+    monkeypatch.setattr(session.method, "after_step", look)
+    assert train_step(session, 1).grad_norm > 0.01
+    assert norms == [pytest.approx(0.001, rel=1e-5)]
 
 
 def test_a_run_goes_on_from_its_state_to_the_bit() -> None:

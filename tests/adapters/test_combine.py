@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import peft
@@ -16,6 +17,7 @@ from qlora_kit.adapters.deltas import Delta, concatenate, delta_tensors, nearest
 from qlora_kit.adapters.files import write_adapter
 from qlora_kit.adapters.peft_config import unscaled_config
 from qlora_kit.adapters.peft_format import read_adapter
+from qlora_kit.cli import main
 from qlora_kit.errors import AdapterError
 
 WEIGHTS = [0.7, 0.4, -0.5]
@@ -86,7 +88,27 @@ def test_an_adapter_less_itself_is_nothing() -> None:
     for method in ("cat", "svd", "linear"):
         found = combine([THREE[0], THREE[0]], [1.0, -1.0], Combination(method))
         assert found["x"].delta.norm() < 1e-5 * THREE[0]["x"].norm()
+        assert found["x"].lost is None and found["x"].from_sum is None
     assert combine([THREE[0], THREE[1]], [1.0, 0.0], Combination("svd", 3))["x"].from_sum < 1e-5
+    kept = combine([THREE[0], THREE[0]], [1.0, -0.999], Combination("cat"))["x"]  # a small difference is one
+    assert kept.from_sum is not None and kept.from_sum < 1e-2
+
+
+def test_a_command_says_that_deltas_cancel_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (str(adapter(tmp_path / name, seed)) for name, seed in (("a", 1), ("b", 2)))
+
+    def said(*folders: str) -> str:
+        options = ["--method", "svd", "--weights=1,-1", "-o", str(tmp_path / f"of-{Path(folders[1]).name}")]
+        assert main(["adapters", "combine", *folders, *options]) == 0
+        return capsys.readouterr().out
+
+    out = said(one, one)
+    assert "the weighted deltas cancel out in 14 of 14 layers: their sum is nearly zero" in out
+    assert "distance from" not in out and "left out" not in out
+    layers = json.loads((tmp_path / "of-a" / "combined.json").read_text())["layers"]
+    assert len(layers) == 14 and all(layer["from_sum"] is layer["lost"] is None for layer in layers.values())
+    out = said(one, other)
+    assert "cancel out" not in out and "distance from the weighted sum" in out
 
 
 def test_ties_by_hand() -> None:

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, CONTEXT_LENGTH, save_tiny_model, tiny_ids, tiny_model, tiny_tokenizer
 from tiny_run import write_recipe
 from tokenizers import normalizers
@@ -84,6 +84,81 @@ def test_padding_changes_nothing(arch: str) -> None:
     places = torch.tensor([[0, 0, 0, 0, 1, 2, 3, 4, 5, 6]])
     shifted = model(input_ids=left, attention_mask=(torch.arange(10) > 2).long()[None], position_ids=places).logits
     torch.testing.assert_close(shifted[0, 3:], padded[1, :7], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_left_and_right_padding_are_one(arch: str) -> None:
+    """Without position ids: the padding lies between prompt and text, and must not move the text away."""
+    model, _ = tuned(arch)
+    ids, right, left = tiny_ids(rows=2), torch.ones(2, 12, dtype=torch.long), torch.ones(2, 12, dtype=torch.long)
+    right[1, 7:], left[1, :5] = 0, 0
+    moved = torch.stack((ids[0], torch.cat((ids[1, 7:], ids[1, :7]))))
+    wanted, found = model(ids, attention_mask=right).logits, model(moved, attention_mask=left).logits
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[1, 5:], wanted[1, :7], rtol=0, atol=1e-5)
+
+
+def test_left_padding_with_a_cache() -> None:
+    model, _ = tuned()
+    ids, left = tiny_ids(rows=2), torch.ones(2, 12, dtype=torch.long)
+    left[1, :5] = 0
+    whole = model(ids, attention_mask=left).logits
+    cache = model(ids[:, :9], attention_mask=left[:, :9], use_cache=True).past_key_values
+    rest = model(ids[:, 9:], attention_mask=left, past_key_values=cache).logits
+    torch.testing.assert_close(rest, whole[:, 9:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_head_trained_in_full_in_peft_and_back(tmp_path: Path, arch: str) -> None:
+    untied = {"tie_word_embeddings": False}
+    model, method = tiny_model(arch, **untied), PromptTuning(FP32.model_copy(update={"modules_to_save": ["lm_head"]}))
+    torch.manual_seed(1)
+    method.inject(model)
+    before = model(tiny_ids()).logits
+    model.lm_head.weight.data.mul_(1.5)
+    wanted = model(tiny_ids()).logits
+    assert (wanted - before).abs().max() > 0.1
+    save_adapter(model, method, tmp_path, "tiny")
+    theirs = peft.PeftModel.from_pretrained(tiny_model(arch, **untied), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(input_ids=tiny_ids()).logits[:, COUNT:], wanted, rtol=0, atol=1e-5)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    for folder in (tmp_path, tmp_path / "theirs", with_the_old_names(tmp_path)):
+        again = tiny_model(arch, **untied)
+        load_adapter(again, folder)
+        torch.testing.assert_close(again(tiny_ids()).logits, wanted, rtol=0, atol=1e-5)
+
+
+def with_the_old_names(folder: Path) -> Path:
+    """A copy of the adapter with the names that modules trained in full had before they were PEFT's."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {key.replace("base_model.", "base_model.model.", 1): tensor for key, tensor in tensors.items()}
+    (folder / "old").mkdir()
+    save_file(renamed, folder / "old" / "adapter_model.safetensors")
+    (folder / "old" / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+    return folder / "old"
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_new_tokens_in_peft_and_back(tmp_path: Path, arch: str) -> None:
+    """PEFT embeds the input with the base's own embedding (0.21), so that only what it holds can be compared."""
+    model = tiny_model(arch, tie_word_embeddings=True)
+    embedding = {"llama": "model.embed_tokens", "gpt2": "transformer.wte"}[arch]
+    method = PromptTuning(FP32.model_copy(update={"modules_to_save": [embedding, "lm_head"]}))
+    torch.manual_seed(1)
+    model.resize_token_embeddings(324)
+    method.inject(model)
+    save_adapter(model, method, tmp_path, "tiny")
+    grown = tiny_model(arch, tie_word_embeddings=True)
+    grown.resize_token_embeddings(324)
+    theirs = peft.PeftModel.from_pretrained(grown, str(tmp_path)).base_model
+    weight = model.get_input_embeddings().weight
+    for name in (embedding, "lm_head"):
+        assert torch.equal(theirs.get_submodule(name).modules_to_save["default"].weight, weight)
+    ids = torch.tensor([[321, 323, 5, 7]])
+    for folder in (tmp_path, with_the_old_names(tmp_path)):
+        again = tiny_model(arch, tie_word_embeddings=True)
+        load_adapter(again, folder)
+        assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])

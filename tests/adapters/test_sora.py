@@ -92,11 +92,24 @@ def test_what_ships_computes_the_same_with_fewer_ranks(tmp_path: Path, dtype: st
 
 
 def test_an_adapter_whose_gates_are_all_closed_is_not_shipped(tmp_path: Path) -> None:
-    model, method = adapted(SETTINGS.model_copy(update={"sparse_lambda": 1e6}))
-    method.after_step(model, 1, 10, 0.1)
+    model, method = adapted()
+    for layer in own_layers(model).values():
+        layer.lora_gate.data.zero_()
     save_adapter(model, method, tmp_path / "checkpoint", "tiny")
     with pytest.raises(AdapterError, match=r"every rank of every layer was pruned.*Lower adapter\.sparse_lambda"):
         method.publish(tmp_path / "checkpoint", tmp_path)
+
+
+def test_training_ends_where_the_last_gate_closes() -> None:
+    model, method = adapted(SETTINGS.model_copy(update={"sparse_lambda": 1.0}))
+    last = max(layer.lora_gate.abs().max().item() for layer in own_layers(model).values())
+    steps = int(last / 0.25)
+    for step in range(1, steps + 1):
+        method.after_step(model, step, 99, 0.25)
+    assert any(layer.lora_gate.any() for layer in own_layers(model).values())
+    words = rf"pruned every rank of every layer by step {steps + 1} of 99.*\(got 1\.0\)\. Lower it"
+    with pytest.raises(AdapterError, match=words):
+        method.after_step(model, steps + 1, 99, 0.25)
 
 
 def test_a_missing_weight_of_the_penalty_is_named(tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
 """One tiny random Llama, exported once per session and arranged as a bundle."""
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
-from qlora_runtime import Bundle, Reference, Tolerance, write_reference
+from qlora_runtime import Bundle, Reference, TaskBundle, Tolerance, write_reference
+from tiny_run import made_once
+from tiny_tasks import TASKS, make_tiny_bundle, save_task_model
 
 from .tiny import Tiny, build_graph, make_tiny, reference_prompt, write_tiny_manifest
 
@@ -43,3 +47,25 @@ def bundle_dir(pristine_bundle, tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def bundle(pristine_bundle) -> Bundle:
     return Bundle.open(pristine_bundle, threads=1)
+
+
+@pytest.fixture(scope="session")
+def task_bundle(tmp_path_factory) -> Callable[[str], TaskBundle]:
+    """Opens the bundle of one of TASKS, which is made once: do not write into its folder."""
+
+    @cache
+    def opened(name: str) -> TaskBundle:
+        def make(folder: Path) -> Path:
+            merged = save_task_model(folder / "merged", TASKS[name])
+            make_tiny_bundle(TASKS[name], merged, folder / "bundle")
+            return folder / "bundle"
+
+        return TaskBundle.open(made_once(tmp_path_factory, name.replace(" ", "-"), make), threads=1)
+
+    return opened
+
+
+@pytest.fixture
+def task_dir(task_bundle, tmp_path) -> Path:
+    """A bundle that classifies, of the test's own, to damage."""
+    return Path(shutil.copytree(task_bundle("bert classifies").directory, tmp_path / "task"))

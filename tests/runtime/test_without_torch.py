@@ -83,6 +83,15 @@ def test_it_generates_the_same_tokens_there(bare_python, bundle, pristine_bundle
         assert answer["token_ids"] == generate(bundle, prompt, Sampling(max_new_tokens=16)).token_ids
 
 
+def test_it_classifies_there(bare_python, task_bundle, tmp_path):
+    bundle = task_bundle("bert classifies")
+    options = ["classify", str(bundle.directory), "--text", "The bridge", "--threads", "1"]
+    result = run_bare(bare_python, "-m", "qlora_runtime.cli", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (expected,) = bundle.classify(["The bridge"])
+    assert json.loads(result.stdout)["label"] == expected.labels[0]
+
+
 def test_it_verifies_there(bare_python, pristine_bundle, tmp_path):
     result = run_bare(bare_python, "-m", "qlora_runtime.cli", "verify", str(pristine_bundle), cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_models import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 from tiny_runs import adapter_sha256, resume_here, tiny_recipe, train_here, unfinish
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from qlora_kit.errors import ModelError, RecipeError
 from qlora_kit.model.load import load_base
 from qlora_kit.model.source import find_base
 from qlora_kit.tasks.loss import token_losses
-from qlora_kit.train.distill import hidden_of_loss_tokens
+from qlora_kit.train.distill import head_gives_logits, hidden_of_loss_tokens
 from qlora_kit.train.run_folder import RunFolder
 from qlora_kit.train.session import start_session
 
@@ -39,9 +40,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2", "gpt_neox"])
+def scaled_model(arch: str) -> Any:
+    """A model whose logits are its head's times a factor of its config."""
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    factor = {"cohere": {"logit_scale": 0.0625}, "granite": {"logits_scaling": 8.0}}[arch]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **sizes, **heads, **factor)).eval()
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2", "gpt_neox", "cohere", "granite"])
 def test_hidden_states_give_the_same_losses_through_the_head(arch: str) -> None:
-    model = tiny_model(arch)
+    model = scaled_model(arch) if arch in ("cohere", "granite") else tiny_model(arch)
     ids = torch.randint(3, 300, (3, 11), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, :4] = -100
@@ -139,8 +149,36 @@ def test_a_teacher_that_is_not_there_is_named(tmp_path: Path, model: Path) -> No
 
 def test_logits_bent_behind_the_head_are_refused(tmp_path: Path) -> None:
     bent = save_tiny_model(tmp_path / "gemma2", "gemma2")
-    with pytest.raises(ModelError, match="bends the logits by final_logit_softcapping"):
+    with pytest.raises(ModelError, match="cannot take Gemma2ForCausalLM: it changes what its output head gives"):
         distilled(tmp_path, bent)
+
+
+class Capped(LlamaForCausalLM):
+    """Its config does not tell."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = 50 * torch.tanh(output.logits / 50)
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_comes_behind_the_head_is_measured(dtype: torch.dtype) -> None:
+    for arch in ("llama", "gpt2", "phi"):  # phi's head has a bias
+        assert head_gives_logits(tiny_model(arch).to(dtype))
+    assert all(head_gives_logits(scaled_model(arch).to(dtype)) for arch in ("cohere", "granite"))
+    biased = scaled_model("granite").to(dtype)
+    biased.lm_head.bias = torch.nn.Parameter(torch.ones(320, dtype=dtype))
+    capped = Capped(tiny_config("llama")).to(dtype)
+    headless = tiny_model("llama").model.to(dtype)
+    assert not any(head_gives_logits(model) for model in (biased, capped, tiny_model("gemma2").to(dtype), headless))
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("llama").train()
+    head, before = model.lm_head, torch.get_rng_state()
+    assert head_gives_logits(model)
+    assert model.training and model.lm_head is head and torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,17 @@ def test_optimizer_states_come_along(tmp_path: Path, source_run: Path, rank: int
         assert new.count_nonzero() == old.count_nonzero()
 
 
+def test_optimizer_states_of_another_dtype_are_refused(
+    tmp_path: Path, source_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"dtype": "fp32", "init_optimizer": True}
+    text = refused(capsys, recipe_from(tmp_path, source_run, model_of(source_run), **options))
+    assert "was trained in bf16, and its states fit no other dtype; adapter.dtype (got 'fp32'). Allowed: bf16" in text
+    assert "leave init_optimizer out to take the weights alone" in text
+    run = train(recipe_from(tmp_path / "weights", source_run, model_of(source_run), steps=1, dtype="fp32"))
+    assert tensors_of(run / "adapter").keys() == tensors_of(source_run / "adapter").keys()
+
+
 def test_a_killed_run_needs_its_source_no_more(tmp_path: Path, source_run: Path) -> None:
     source = Path(shutil.copytree(source_run / "adapter", tmp_path / "source"))
     stages = [{"at": 0.5, "rank": 8}]

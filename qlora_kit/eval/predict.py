@@ -1,0 +1,134 @@
+"""`qlora-kit predict`: a file's rows, answered one after the other into another file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from qlora_kit.data.examples import RowError
+from qlora_kit.data.sources import fingerprint, read_rows
+from qlora_kit.errors import EvalError
+from qlora_kit.eval.prediction_file import PredictionFile
+from qlora_kit.eval.predictors import Predictor, predictor_of
+from qlora_kit.model.source import sha256_file
+from qlora_kit.recipe import DataSource
+from qlora_kit.train.run_folder import RunFolder
+
+BATCHES_AT_ONCE = 16
+"""Rows of so many batches are read, sorted by length, answered and written together."""
+
+
+@dataclass
+class Predicted:
+    """What became of the input's rows.
+
+    Attributes:
+        rows: answered by this call.
+        kept: answered by an earlier one.
+        skipped: reason to number of rows left out.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def predict(
+    run: RunFolder,
+    input_path: str,
+    output: Path,
+    console: Console,
+    *,
+    form: str = "tuned",
+    batch_size: int | None = None,
+    bad_rows: Literal["error", "skip"] = "error",
+    overwrite: bool = False,
+) -> Predicted:
+    """Answers every row of `input_path` and writes it with its own columns to `output`, in the input's order.
+
+    Rows are answered in groups whose bounds do not depend on where a killed call stopped, so that its second half
+    has the same bytes as without a kill.
+
+    Args:
+        input_path: a file that the run's task reads; it needs no column for the answer.
+        output: .csv or .jsonl; an existing one is gone on with.
+        form: name of a form as `eval` has them.
+        batch_size: instead of the recipe's eval.batch_size.
+        bad_rows: stop at a row that cannot be used, or leave it out and count it.
+        overwrite: begin again.
+
+    Raises:
+        EvalError: no such form, or an output of another input, run or form, or that holds the columns to write.
+        RunError: the run is not finished.
+        DataError: the input cannot be read, or a row of it cannot be used.
+    """
+    source = DataSource.model_validate({"path": input_path})
+    if output.exists() and Path(input_path).exists() and output.samefile(input_path):
+        raise EvalError(f"{output} is the input", fix="Give another --output")
+    made_by = {"input": fingerprint(source), "run": _trained(run), "form": form, "bad_rows": bad_rows}
+    predictor = predictor_of(run, form, source, batch_size)
+    done, group_rows = Predicted(), BATCHES_AT_ONCE * (batch_size or run.recipe().eval.batch_size)
+    with PredictionFile(output, made_by, overwrite) as file, predictor.ready():
+        done.kept = file.rows
+        seen = 0
+        for group in _groups(_usable(source, predictor, bad_rows, done), group_rows):
+            new = max(0, file.rows - seen)  # rows of this group that are there already
+            seen += len(group)
+            if new >= len(group):
+                continue
+            answers = predictor.answer([row for _, row in group])
+            file.append([raw | answer for (raw, _), answer in zip(group[new:], answers[new:])])
+    done.rows = seen - done.kept
+    if done.rows < 0:
+        raise EvalError(f"{output} has {done.kept} rows, the input {seen}", fix="Begin it again: --overwrite")
+    _say(done, output, console)
+    return done
+
+
+def _usable(
+    source: DataSource, predictor: Predictor, bad_rows: str, done: Predicted
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Each row as it stands in the input, and as the model needs it."""
+    for raw in read_rows(source):
+        try:
+            if isinstance(raw.value, RowError):
+                raise raw.value
+            if taken := [column for column in predictor.columns if column in raw.value]:
+                raise EvalError(
+                    f"{source.path} row {raw.number} has a column of the predictions already",
+                    got=taken,
+                    fix="Rename it in the input",
+                )
+            row = predictor.read(raw.number, raw.value)
+        except RowError as error:
+            if bad_rows == "error":
+                located = error.at(f"{source.path} row {raw.number}")
+                raise located from None
+            done.skipped[error.reason] += 1
+            continue
+        yield raw.value, row
+
+
+def _groups(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    waiting = iter(rows)
+    while group := list(islice(waiting, size)):
+        yield group
+
+
+def _trained(run: RunFolder) -> str:
+    """What tells a run's weights from another's."""
+    weights = run.adapter / "adapter_model.safetensors"
+    return f"sha256:{sha256_file(weights)}" if weights.is_file() else str(run.manifest().get("base"))
+
+
+def _say(done: Predicted, output: Path, console: Console) -> None:
+    kept = f", {done.kept} were there already" if done.kept else ""
+    console.print(f"{output}: {done.rows} rows{kept}", markup=False, highlight=False)
+    for reason, count in done.skipped.items():
+        console.print(f"{count} rows left out ({reason})", markup=False, highlight=False)

@@ -1,0 +1,160 @@
+"""Graphs of tasks that do not generate: a merged transformers model through torch's exporter, laid out as a bundle."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_kit.errors import ExportError
+from qlora_kit.export.graph import DATA, GRAPH
+
+OPSET = 20
+BLOCK_SIZE = 32  # channels of an int8 weight that share a scale
+INSIDE_BYTES = 64 * 2**20  # weights of less stay inside the graph's file
+QUANTIZED_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: inputs are rounded to int8 too
+TYPES = "token_type_ids"
+
+
+class _Positional(nn.Module):
+    """The model with its inputs by place and its outputs by name."""
+
+    def __init__(self, model: PreTrainedModel, inputs: list[str], outputs: list[str]) -> None:
+        super().__init__()
+        self.model, self.inputs, self.outputs = model, inputs, outputs
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(**dict(zip(self.inputs, tensors)), return_dict=True)
+        return tuple(getattr(found, name) for name in self.outputs)
+
+
+def build_task_graph(
+    merged: Path, target: Path, profile: str, auto_class: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Writes graph, weights and configuration of the merged model `merged` into the folder `target`.
+
+    Inputs: input_ids, attention_mask and, where the model tells two texts apart, token_type_ids: int64 [batch, seq].
+    Outputs: float32 logits [batch, labels] or [batch, seq, labels]; or start_logits and end_logits [batch, seq].
+
+    Args:
+        profile: fp32, or int8 (blocks of 32, symmetric, MatMulNBits; embeddings, poolers and heads stay fp32).
+        auto_class: the Auto class of transformers that reads `merged`.
+
+    Raises:
+        ExportError: torch cannot export this model.
+    """
+    model = getattr(transformers, auto_class).from_pretrained(merged, dtype=torch.float32).eval()
+    graph = _exported(model, input_names(model, tokenizer), output_names(auto_class))
+    if profile == "int8":
+        graph = _quantized(graph)
+    _write(graph, target)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(merged / name, target / name)
+
+
+def input_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The inputs that the model is trained with."""
+    takes_types = TYPES in inspect.signature(type(model).forward).parameters
+    return ["input_ids", "attention_mask", *([TYPES] if takes_types and TYPES in tokenizer.model_input_names else [])]
+
+
+def output_names(auto_class: str) -> list[str]:
+    """What the model of a task answers with."""
+    return ["start_logits", "end_logits"] if auto_class == "AutoModelForQuestionAnswering" else ["logits"]
+
+
+def _exported(model: PreTrainedModel, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
+    ids = torch.full((2, 5), 3)  # no size that the graph could take for a constant
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    examples = {"input_ids": ids, "attention_mask": mask, TYPES: torch.zeros_like(ids)}
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                _Positional(model, inputs, outputs).eval(),
+                tuple(examples[name] for name in inputs),
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes=(tuple(dynamic for _ in inputs),),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ExportError(
+            f"{type(model).__name__} could not be written as an ONNX graph ({reason})", fix="Use the merged model"
+        ) from error
+    assert program is not None
+    return program.model_proto
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporter and quantizer report each step, and the quantizer's import sets up logging for the whole process."""
+    root, disabled = logging.root, logging.root.manager.disable
+    handlers, level = root.handlers[:], root.level
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def _quantized(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights of matrix products in 8 bit, those of the head aside (a pooler is a Gemm, and stays as it is)."""
+    with _quiet():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        quantizer = MatMulNBitsQuantizer(
+            graph,
+            bits=8,
+            block_size=BLOCK_SIZE,
+            is_symmetric=True,
+            accuracy_level=QUANTIZED_ACTIVATIONS,
+            nodes_to_exclude=_heads(graph.graph),
+        )
+        quantizer.process()
+    quantized: onnx.ModelProto = quantizer.model.model
+    return quantized
+
+
+def _heads(graph: onnx.GraphProto) -> list[str]:
+    """Names of the products with a weight that no other such product follows on the way to an output."""
+    weights = {tensor.name for tensor in graph.initializer}
+    maker = {name: node for node in graph.node for name in node.output}
+    waiting, seen, heads = [value.name for value in graph.output], set[str](), []
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in maker:
+            continue
+        seen.add(name)
+        node = maker[name]
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights:
+            heads.append(node.name)
+        else:
+            waiting += node.input
+    return heads
+
+
+def _write(graph: onnx.ModelProto, target: Path) -> None:
+    """onnx/model.onnx, with the weights of a large model beside it."""
+    (target / "onnx").mkdir()
+    size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
+    outside = size >= INSIDE_BYTES
+    onnx.save_model(graph, target / GRAPH, save_as_external_data=outside, location=DATA if outside else None)

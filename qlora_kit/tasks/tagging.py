@@ -1,0 +1,77 @@
+"""Tagging: a tag for each word, said at the word's first token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from qlora_runtime.words import NO_TOKEN, WordEncoder
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from qlora_kit.data.examples import RowError
+from qlora_kit.data.masking import IGNORED, Encoded
+from qlora_kit.data.task_examples import TaggedWords
+from qlora_kit.data.task_labels import check_label
+from qlora_kit.recipe import DataSection
+from qlora_kit.task_settings import TaggingSettings
+from qlora_kit.tasks.encoding import backend, overlong
+from qlora_kit.tasks.task import Task, without_labels
+
+WHOLE = 1 << 30  # tokens: longer than any sentence
+
+
+class Tagging(Task[TaggingSettings]):
+    """Cross-entropy of each word's tag at its first token; the word's other tokens carry no loss."""
+
+    auto_class = "AutoModelForTokenClassification"
+    has_labels = True
+
+    def __init__(self, settings: TaggingSettings, labels: Sequence[str] = ()) -> None:
+        super().__init__(settings, labels or settings.labels)
+
+    def encode(self, example: TaggedWords, tokenizer: PreTrainedTokenizerBase, section: DataSection) -> list[Encoded]:
+        """One row; of a sentence that is cut, the whole words that fit."""
+        limit, tags = section.max_seq_len, example.tags or ()
+        for tag in tags:
+            check_label(tag, self.labels, "tag")
+        row = word_encoder(tokenizer, WHOLE).encode(example.words)[0]
+        cut = len(row.input_ids) > limit
+        if cut and section.overlong != "truncate":
+            raise overlong(len(row.input_ids), limit)
+        if cut:
+            row = word_encoder(tokenizer, limit).encode(example.words)[0]
+        labels = np.full(len(row.input_ids), IGNORED, dtype=np.int32)
+        for place, tag in zip(row.places, tags):
+            if place != NO_TOKEN:
+                labels[place] = self.ids[tag]
+        if (labels == IGNORED).all():
+            raise RowError("the tokenizer makes nothing of these words", reason="no token", got=example.words)
+        return [Encoded(row.input_ids.astype(np.int32), labels, truncated=cut)]
+
+    def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits, labels = model(**without_labels(batch)).logits.float(), batch["labels"]  # [batch, seq, labels]
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return losses.view(labels.shape), labels != IGNORED
+
+    def count(self, batch: Mapping[str, Tensor]) -> int:
+        """Words."""
+        return int((batch["labels"] != IGNORED).sum())
+
+    def shown(self, row: Encoded, tokenizer: Any) -> str:
+        """The words, those with a tag other than O as `word⟦tag⟧`."""
+        starts = [*np.flatnonzero(row.labels != IGNORED), len(row.labels)]
+        parts = [row.input_ids[start:end] for start, end in pairwise(starts)]
+        words = [tokenizer.decode(part, skip_special_tokens=True).strip() for part in parts]
+        tags = [self.labels[row.labels[start]] for start in starts[:-1]]
+        return " ".join(word if tag == "O" else f"{word}⟦{tag}⟧" for word, tag in zip(words, tags))
+
+
+@lru_cache(maxsize=4)
+def word_encoder(tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> WordEncoder:
+    """The runtime's encoder of split sentences, made once for a tokenizer."""
+    return WordEncoder(backend(tokenizer), max_seq_len)
