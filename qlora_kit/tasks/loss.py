@@ -24,8 +24,20 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     Returns: (losses [batch, kept], labels [batch, kept]); losses are 0 where labels are -100.
     """
     logits, labels = kept_logits(model, batch)
+    return label_losses(logits, labels)[0], labels
+
+
+def label_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each label, in fp32.
+
+    Args:
+        logits: [batch, seq, classes].
+        labels: int64 [batch, seq]; -100 where there is no loss.
+
+    Returns: (losses [batch, seq], counted bool [batch, seq]); losses are 0 where not counted.
+    """
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-    return losses.view(labels.shape), labels
+    return losses.view(labels.shape), labels != -100
 
 
 def kept_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

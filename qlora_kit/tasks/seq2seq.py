@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +17,7 @@ from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSection
 from qlora_kit.task_settings import Seq2SeqSettings
 from qlora_kit.tasks.encoding import encode_texts
-from qlora_kit.tasks.loss import unwrapped
+from qlora_kit.tasks.loss import label_losses, unwrapped
 from qlora_kit.tasks.task import Task, without_labels
 
 
@@ -65,9 +64,10 @@ def target_ids(text: str, tokenizer: Any) -> np.ndarray:
     return np.array(ids, dtype=np.int32)
 
 
-def check_target_len(wanted: int, most: int | None) -> None:
+def check_target_len(wanted: int, positions: int | None) -> None:
     """Raises DataError where targets may be longer than a decoder's positions; None: it has no such limit."""
-    if most is not None and wanted > most:
+    most = wanted if positions is None else positions // 8 * 8  # batches are padded to a multiple of 8
+    if wanted > most:
         raise DataError(
             "task.max_target_len is more than the model can say",
             got=wanted,
@@ -83,9 +83,8 @@ def target_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor
         inputs: of the encoder.
         labels: int64 [batch, target tokens], -100 after the end.
     """
-    logits = model(**inputs, **_decoder_inputs(model, labels), use_cache=False).logits.float()
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view(labels.shape), labels != IGNORED
+    logits = model(**inputs, **_decoder_inputs(model, labels), use_cache=False).logits  # [batch, target tokens, vocab]
+    return label_losses(logits, labels)
 
 
 def _decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from qlora_runtime.words import NO_TOKEN, WordEncoder
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +19,7 @@ from qlora_kit.data.task_labels import check_label
 from qlora_kit.recipe import DataSection
 from qlora_kit.task_settings import TaggingSettings
 from qlora_kit.tasks.encoding import backend, overlong
+from qlora_kit.tasks.loss import label_losses
 from qlora_kit.tasks.task import Task, without_labels
 
 WHOLE = 1 << 30  # tokens: longer than any sentence
@@ -54,9 +54,7 @@ class Tagging(Task[TaggingSettings]):
         return [Encoded(row.input_ids.astype(np.int32), labels, truncated=cut)]
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        logits, labels = model(**without_labels(batch)).logits.float(), batch["labels"]  # [batch, seq, labels]
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        return losses.view(labels.shape), labels != IGNORED
+        return label_losses(model(**without_labels(batch)).logits, batch["labels"])
 
     def count(self, batch: Mapping[str, Tensor]) -> int:
         """Words."""

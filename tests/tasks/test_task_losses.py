@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,8 @@ from qlora_kit.tasks.registry import task_of
 from qlora_kit.tasks.task import Task
 
 SECTION = DataSection.model_validate({"train": "rows.jsonl", "max_seq_len": 64})
-CASES = [
-    (kind, task) for kind in ENCODERS for task in ("classification", "regression", "tagging", "question_answering")
-]
-CASES += [(kind, "seq2seq") for kind in ENCODER_DECODERS]
+ON_ENCODERS = ("classification", "regression", "tagging", "question_answering")
+CASES = [*product(ENCODERS, ON_ENCODERS), *product(ENCODER_DECODERS, ["seq2seq"])]
 
 
 def made(kind: str, name: str, count: int = 7) -> tuple[Task[Any], Any, list[Encoded]]:
