@@ -1,8 +1,7 @@
 """Does a task's bundle still answer as the trained model did? Its reference.json is run and compared."""
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,37 +18,24 @@ from qlora_runtime.task import (
 )
 from qlora_runtime.task_bundle import TaskBundle
 from qlora_runtime.task_reference import TaskReference, TaskRow, TaskTolerance
+from qlora_runtime.verdict import Verdict
 
 DoubleArray = npt.NDArray[np.float64]
 NOWHERE = (-1, -1)  # the decision that a window holds no answer
 
 
 @dataclass
-class TaskReport:
-    """What verifying found. It passed where `reasons` is empty.
+class TaskReport(Verdict):
+    """What verifying found.
 
     A decision is a row's label (or labels), a word's tag, or a window's answer; a regression has none.
     """
 
-    reasons: list[str] = field(default_factory=list)  # why it failed, one sentence each
     rows: int = 0
     decisions: int = 0
     decisions_equal: int = 0
     max_logit_difference: float | None = None  # the largest, over all logits; None: not run
     mean_logit_difference: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        """True where nothing was found wrong."""
-        return not self.reasons
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, with `passed` first."""
-        return {"passed": self.passed, "reasons": self.reasons} | self.distances()
-
-    def distances(self) -> dict[str, Any]:
-        """The measured numbers, as a manifest's `verification.distances` keeps them."""
-        return {key: value for key, value in asdict(self).items() if key != "reasons"}
 
     def in_words(self) -> list[str]:
         """The measured numbers, line by line; none where nothing was run."""

@@ -1,9 +1,7 @@
 """Does the bundle still answer as the trained model did? Its reference.json is run again and compared."""
 
-from dataclasses import asdict, dataclass, field
-from math import isfinite
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,15 +13,15 @@ from qlora_runtime.schema import read_manifest
 from qlora_runtime.task_bundle import TaskBundle
 from qlora_runtime.task_reference import read_task_reference
 from qlora_runtime.task_verify import TaskReport, compare_task
+from qlora_runtime.verdict import Verdict
 
 NO_GREEDY_TOKEN = "no greedy token was decided clearly enough to compare"
 
 
 @dataclass
-class Report:
-    """What verifying found. It passed where `reasons` is empty."""
+class Report(Verdict):
+    """What verifying found."""
 
-    reasons: list[str] = field(default_factory=list)  # why it failed, one sentence each
     prompts: int = 0
     positions: int = 0
     max_logit_difference: float | None = None  # the largest, over all stored logits; None: not run
@@ -42,20 +40,6 @@ class Report:
             f"same most probable token  {self.top1_agreement:.4%}",
             equal if self.greedy_tokens_compared else NO_GREEDY_TOKEN,
         ]
-
-    @property
-    def passed(self) -> bool:
-        """True where nothing was found wrong."""
-        return not self.reasons
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, with `passed` first."""
-        return {"passed": self.passed, "reasons": self.reasons} | self.distances()
-
-    def distances(self) -> dict[str, Any]:
-        """The measured numbers, as a manifest's `verification.distances` keeps them; null for NaN."""
-        numbers = {key: value for key, value in asdict(self).items() if key != "reasons"}
-        return {key: value if value is None or isfinite(value) else None for key, value in numbers.items()}
 
 
 @dataclass(frozen=True)

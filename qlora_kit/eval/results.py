@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_kit.atomic import write_atomically
 from qlora_kit.errors import EvalError, RunError
 from qlora_kit.eval.forms import FormResult, PairResult, PerRow
 from qlora_kit.eval.intervals import FEWEST_ROWS, Interval
+from qlora_kit.eval.json_file import read_as, write_finite
 
 FORMAT = "qlora-eval/1"
 _BLUE = "#2a6fb0"
@@ -42,13 +41,8 @@ def write_results(run_dir: Path, results: EvalResults) -> Path:
     """
     if not run_dir.is_dir():
         raise RunError(f"no run folder {run_dir}", fix="Train first, or check the path")
-    try:
-        text = json.dumps(_tree(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    except ValueError as error:
-        raise EvalError(f"the results hold a number that is not finite: {error}") from error
     path = run_dir / "eval" / "results.json"
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, text)
+    write_finite(path, _tree(results), "results")
     return path
 
 
@@ -58,18 +52,14 @@ def read_results(run_dir: Path) -> EvalResults:
     Raises:
         RunError: the file is missing, not JSON, or of another format.
     """
-    path = run_dir / "eval" / "results.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-            raise RunError(f"{path} is not of the format {FORMAT}", fix="Evaluate the run again")
-        forms = {name: _form_from_tree(form) for name, form in tree["forms"].items()}
-        pairs = [PairResult(**pair) for pair in tree["pairs"]]
-        return EvalResults(tree["rows"], forms, pairs, tree["metrics"], tree["created"])
-    except FileNotFoundError:
-        raise RunError(f"no evaluation in {run_dir}", fix="Evaluate the run first") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged: {error!r}", fix="Evaluate the run again") from error
+    missing = RunError(f"no evaluation in {run_dir}", fix="Evaluate the run first")
+    return read_as(run_dir / "eval" / "results.json", FORMAT, _from_tree, missing, "Evaluate the run again")
+
+
+def _from_tree(tree: dict[str, Any]) -> EvalResults:
+    forms = {name: _form_from_tree(form) for name, form in tree["forms"].items()}
+    pairs = [PairResult(**pair) for pair in tree["pairs"]]
+    return EvalResults(tree["rows"], forms, pairs, tree["metrics"], tree["created"])
 
 
 def print_table(results: EvalResults, console: Console) -> None:

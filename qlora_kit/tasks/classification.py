@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_kit.data.masking import Encoded
 from qlora_kit.data.task_examples import LabelledText
-from qlora_kit.data.task_labels import check_label, class_weights, names_of
+from qlora_kit.data.task_labels import class_weights, names_of
 from qlora_kit.recipe import DataSection
 from qlora_kit.task_settings import ClassificationSettings, RegressionSettings
 from qlora_kit.tasks.encoding import encode_texts
@@ -43,7 +43,7 @@ class Classification(_OneHead[ClassificationSettings]):
     has_labels = True
 
     def __init__(self, settings: ClassificationSettings, labels: Sequence[str] = ()) -> None:
-        super().__init__(settings, labels or settings.labels)
+        super().__init__(settings, labels)
         self.weights = torch.ones(len(self.labels))  # [labels]
 
     def weigh(self, examples: Sequence[LabelledText]) -> None:
@@ -52,12 +52,8 @@ class Classification(_OneHead[ClassificationSettings]):
         self.weights = torch.tensor(weights, dtype=torch.float32)
 
     def labels_of(self, example: LabelledText) -> np.ndarray:
-        names = names_of(example)
-        for name in names:
-            check_label(name, self.labels, "label")
-        if not self.settings.multi_label:
-            return np.array([self.ids[name] for name in names], dtype=np.int32)
-        return np.isin(self.labels, names).astype(np.int32)
+        ids = np.array(self.label_ids(example), dtype=np.int32)
+        return np.isin(np.arange(len(self.labels)), ids).astype(np.int32) if self.settings.multi_label else ids
 
     def config(self) -> dict[str, Any]:
         kind = "multi_label_classification" if self.settings.multi_label else "single_label_classification"

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from qlora_kit.data.masking import Encoded
 from qlora_kit.data.task_examples import LabelledImage
-from qlora_kit.data.task_labels import check_label, names_of
 from qlora_kit.data.task_readers.images import read_image
 from qlora_kit.errors import ModelError
 from qlora_kit.recipe import DataSection
@@ -34,15 +33,9 @@ class ImageClassification(Task[ImageClassificationSettings]):
     has_labels = True
     processor = "AutoImageProcessor"
 
-    def __init__(self, settings: ImageClassificationSettings, labels: Sequence[str] = ()) -> None:
-        super().__init__(settings, labels or settings.labels)
-
     def encode(self, example: LabelledImage, tokenizer: Any, section: DataSection) -> list[Encoded]:
         read_image(Path(example.path))  # once, whole: a cut file is found here, not in the middle of a run
-        names = names_of(example)
-        for name in names:
-            check_label(name, self.labels, "label")
-        return [file_row(example.path, np.array([self.ids[name] for name in names], dtype=np.int32))]
+        return [file_row(example.path, np.array(self.label_ids(example), dtype=np.int32))]
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises ModelError for a base whose frozen part would change as it trains."""

@@ -62,7 +62,12 @@ def count_loss_tokens(labels: Tensor) -> int:
 def row_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(summed loss float32 [batch], loss tokens int64 [batch]) of each row."""
     losses, labels = token_losses(model, batch)
-    return losses.double().sum(1).float(), (labels != -100).sum(1)
+    return row_sums(losses, labels != -100)
+
+
+def row_sums(losses: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum float32 [batch], number int64 [batch]) of the counted losses of each row, both [batch, n]."""
+    return losses.double().sum(1).float(), counted.sum(1)
 
 
 def unwrapped(model: Any) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qlora_kit.data.examples import RowError
 from qlora_kit.data.sources import read_rows
-from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSection
 from qlora_kit.task_settings import TaskSettings
 from qlora_kit.tasks.causal_lm import CausalLm
@@ -32,18 +31,12 @@ TASK_CLASSES: dict[str, type[Task[Any]]] = {
 
 
 def task_class(settings: TaskSettings) -> type[Task[Any]]:
-    """The class of a task.
-
-    Raises:
-        DataError: there is none yet.
-    """
-    if settings.type not in TASK_CLASSES:
-        raise DataError(f"task.type {settings.type} is not available yet", allowed=", ".join(TASK_CLASSES))
+    """The class of a task."""
     return TASK_CLASSES[settings.type]
 
 
-def task_of(settings: TaskSettings, labels: list[str]) -> Task[Any]:
-    """The task with labels that are known already."""
+def task_of(settings: TaskSettings, labels: Sequence[str] = ()) -> Task[Any]:
+    """The task with labels that are known already, or that its settings give."""
     return task_class(settings)(settings, labels)
 
 
@@ -53,7 +46,7 @@ def prepare_task(settings: TaskSettings, section: DataSection) -> Task[Any]:
     Raises:
         DataError: a source cannot be read, or its labels make no task.
     """
-    task = task_of(settings, list(getattr(settings, "labels", [])))
+    task = task_of(settings)
     if not task.has_labels:
         return task
     examples = list(_examples(task, section))

@@ -50,8 +50,7 @@ class SpeechRecognition(Task[SpeechRecognitionSettings]):
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises DataError where transcripts may be longer than the decoder's positions."""
-        most = model.config.max_target_positions // 8 * 8  # batches are padded to a multiple of 8
-        check_target_len(self.settings.max_target_len, most)
+        check_target_len(self.settings.max_target_len, model.config.max_target_positions)
 
     def collate(self, rows: Sequence[Encoded], tokenizer: Any) -> Batch:
         """`input_features` float32 [batch, mel bins, frames], of the rows' files; `labels` int64 [batch, tokens]."""

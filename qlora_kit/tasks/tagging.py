@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from qlora_kit.data.examples import RowError
 from qlora_kit.data.masking import IGNORED, Encoded
 from qlora_kit.data.task_examples import TaggedWords
-from qlora_kit.data.task_labels import check_label
 from qlora_kit.recipe import DataSection
 from qlora_kit.task_settings import TaggingSettings
 from qlora_kit.tasks.encoding import backend, overlong
@@ -31,14 +30,10 @@ class Tagging(Task[TaggingSettings]):
     auto_class = "AutoModelForTokenClassification"
     has_labels = True
 
-    def __init__(self, settings: TaggingSettings, labels: Sequence[str] = ()) -> None:
-        super().__init__(settings, labels or settings.labels)
-
     def encode(self, example: TaggedWords, tokenizer: PreTrainedTokenizerBase, section: DataSection) -> list[Encoded]:
         """One row; of a sentence that is cut, the whole words that fit."""
-        limit, tags = section.max_seq_len, example.tags or ()
-        for tag in tags:
-            check_label(tag, self.labels, "tag")
+        limit = section.max_seq_len
+        ids = self.label_ids(example, "tag")
         row = word_encoder(tokenizer, WHOLE).encode(example.words)[0]
         cut = len(row.input_ids) > limit
         if cut and section.overlong != "truncate":
@@ -46,9 +41,9 @@ class Tagging(Task[TaggingSettings]):
         if cut:
             row = word_encoder(tokenizer, limit).encode(example.words)[0]
         labels = np.full(len(row.input_ids), IGNORED, dtype=np.int32)
-        for place, tag in zip(row.places, tags):
+        for place, tag in zip(row.places, ids):
             if place != NO_TOKEN:
-                labels[place] = self.ids[tag]
+                labels[place] = tag
         if (labels == IGNORED).all():
             raise RowError("the tokenizer makes nothing of these words", reason="no token", got=example.words)
         return [Encoded(row.input_ids.astype(np.int32), labels, truncated=cut)]

@@ -12,17 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.data.collate import padded
 from qlora_kit.data.kinds import Parser
 from qlora_kit.data.masking import Encoded
-from qlora_kit.data.task_labels import collect_labels
+from qlora_kit.data.task_labels import check_label, collect_labels, names_of
 from qlora_kit.data.task_schemas import TaskRowParser
 from qlora_kit.recipe import DataSection, DataSource
 from qlora_kit.task_settings import TaskSettings
+from qlora_kit.tasks.loss import row_sums
 
 S = TypeVar("S", bound=TaskSettings)
 Batch = dict[str, Tensor]
 
 
 class Task(Generic[S]):
-    """One task with its settings and the names of its labels.
+    """One task with its settings and the names of its labels: those that the settings give where none are given here.
 
     Class attributes:
         auto_class: the Auto class of transformers that makes its models.
@@ -41,7 +42,7 @@ class Task(Generic[S]):
     processor: ClassVar[str] = ""
 
     def __init__(self, settings: S, labels: Sequence[str] = ()) -> None:
-        self.settings, self.labels = settings, list(labels)
+        self.settings, self.labels = settings, list(labels or getattr(settings, "labels", ()))
         self.ids = {label: k for k, label in enumerate(self.labels)}
 
     def parser(self, section: DataSection, source: DataSource) -> Parser:
@@ -55,6 +56,17 @@ class Task(Generic[S]):
             RowError: it cannot be used.
         """
         raise NotImplementedError
+
+    def label_ids(self, example: Any, column: str = "label") -> list[int]:
+        """The outputs that an example's labels mean, in the example's order.
+
+        Raises:
+            RowError: one of them is no label.
+        """
+        names = names_of(example)
+        for name in names:
+            check_label(name, self.labels, column)
+        return [self.ids[name] for name in names]
 
     def find_labels(self, examples: Sequence[Any]) -> list[str]:
         """The names of the labels of all training examples, in the order of the model's outputs."""
@@ -100,8 +112,7 @@ class Task(Generic[S]):
     @torch.no_grad()
     def row_losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(summed loss float32 [batch], counted losses int64 [batch]) of each row."""
-        losses, counted = self.losses(model, batch)
-        return losses.double().sum(1).float(), counted.sum(1)
+        return row_sums(*self.losses(model, batch))
 
 
 def model_inputs(rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Batch:

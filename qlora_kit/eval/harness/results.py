@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.atomic import write_atomically
-from qlora_kit.errors import EvalError, RunError
+from qlora_kit.errors import RunError
+from qlora_kit.eval.json_file import read_as, write_finite
 
 FORMAT = "qlora-benchmarks/1"
 
@@ -76,12 +75,7 @@ def merge_benchmarks(run_dir: Path, found: Benchmarks, adapter: str | None) -> B
             if kept:
                 merged[form] = {**merged.get(form, {}), **kept}
     trees = {form: {name: asdict(score) for name, score in scores.items()} for form, scores in merged.items()}
-    try:
-        text = json.dumps({"format": FORMAT, "forms": trees}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    except ValueError as error:
-        raise EvalError(f"the benchmarks hold a number that is not finite: {error}") from error
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, text)
+    write_finite(path, {"format": FORMAT, "forms": trees}, "benchmarks")
     return merged
 
 
@@ -91,20 +85,16 @@ def read_benchmarks(run_dir: Path) -> Benchmarks:
     Raises:
         RunError: the file is missing, not JSON, or of another format.
     """
-    path = run_dir / "eval" / "benchmarks.json"
+    missing = RunError(f"no benchmarks in {run_dir}", fix="Score the run with --tasks first")
     fix = "Move it away, and score the run again with --tasks"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-            raise RunError(f"{path} is not of the format {FORMAT}", fix=fix)
-        return {
-            form: {name: _score_from_tree(score) for name, score in scores.items()}
-            for form, scores in tree["forms"].items()
-        }
-    except FileNotFoundError:
-        raise RunError(f"no benchmarks in {run_dir}", fix="Score the run with --tasks first") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged: {error!r}", fix=fix) from error
+    return read_as(run_dir / "eval" / "benchmarks.json", FORMAT, _from_tree, missing, fix)
+
+
+def _from_tree(tree: dict[str, Any]) -> Benchmarks:
+    return {
+        form: {name: _score_from_tree(score) for name, score in scores.items()}
+        for form, scores in tree["forms"].items()
+    }
 
 
 def _score_from_tree(tree: dict[str, Any]) -> TaskScore:
