@@ -63,33 +63,48 @@ def logits(model: Any) -> torch.Tensor:
         return model(tiny_ids()).logits.float()
 
 
+def trained(folder: Path, method: str, quant: str) -> Path:
+    assert main(["train", str(write_recipe(folder, method, quant)), "--quiet"]) == 0
+    return folder / "runs" / "whole"
+
+
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("method", METHODS)
-def test_method(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, quant: str) -> None:
-    recipe = write_recipe(tmp_path, method, quant)
+def test_trained_resumed_and_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, quant: str
+) -> None:
     if (method, quant) in NOT_ON:
-        assert main(["train", str(recipe), "--quiet"]) == 2
+        assert main(["train", str(write_recipe(tmp_path, method, quant)), "--quiet"]) == 2
         assert NOT_ON[method, quant] in capsys.readouterr().err
         return
-    assert main(["train", str(recipe), "--quiet"]) == 0
-    whole = tmp_path / "runs" / "whole"
+    whole = trained(tmp_path, method, quant)
 
     killed = killed_after(whole, 3, tmp_path / "runs" / "killed")
     assert main(["train", "--resume", str(killed), "--quiet"]) == 0
     assert files(killed / "adapter") == files(whole / "adapter")
 
-    run = RunFolder.open(whole)
-    tuned = logits(load_tuned(run))
-    assert torch.isfinite(tuned).all()
-    exported = main(["export", str(whole)])
+    assert torch.isfinite(logits(load_tuned(RunFolder.open(whole)))).all()
+    assert main(["eval", str(whole), "--forms", "base,tuned"]) == 0
+    results = read_results(whole).forms
+    assert results["tuned"].perplexity.value < results["base"].perplexity.value
+
+
+@pytest.mark.parametrize("quant", ["nf4", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTS[1:])])
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_and_exported_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, quant: str
+) -> None:
+    if (method, quant) in NOT_ON:
+        pytest.skip(NOT_ON[method, quant])
+    whole = trained(tmp_path, method, quant)
     reason = METHODS[method].cannot_merge
-    assert exported == (2 if reason else 0)
+    assert main(["export", str(whole)]) == (2 if reason else 0)
     if reason:
+        run = RunFolder.open(whole)
         assert reason in capsys.readouterr().err
         assert not run.merged.exists() and not run.bundles.exists()
-    forms = ["tuned"] if reason else ["tuned", "merged", "bundle_fp32"]
-    assert main(["eval", str(whole), "--forms", ",".join(["base", *forms])]) == 0
+        return
+    assert main(["eval", str(whole), "--forms", "tuned,merged,bundle_fp32"]) == 0
     results = read_results(whole).forms
-    for form in forms:
+    for form in ("merged", "bundle_fp32"):
         assert results[form].perplexity.value == pytest.approx(results["tuned"].perplexity.value, rel=1e-3)
-    assert results["tuned"].perplexity.value < results["base"].perplexity.value

@@ -94,7 +94,12 @@ def kill_when(process: ForkedCli, come: Callable[[], bool], delay_s: float) -> b
     return False
 
 
-@pytest.mark.parametrize("form", FORMS)
+FEW = ("bf16, kept bits", "int8, checkpointing", "two sources")  # the others take as long again
+
+
+@pytest.mark.parametrize(
+    "form", [form if form in FEW else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
 def test_killed_at_random_moments_and_resumed_ends_in_the_same_bytes(
     tmp_path: Path, tiny_llama: Path, form: str
 ) -> None:
