@@ -29,9 +29,17 @@ def _length_problems(recipe: Recipe) -> list[str]:
     if recipe.adapter.trains_all and recipe.base.quant != "none":
         got = f"got {recipe.base.quant}; codes cannot be trained"
         problems.append(f"adapter.method {recipe.adapter.method} needs base.quant: none ({got})")
+    if _calibrates(recipe) and data.streaming:
+        problems.append(
+            "adapter.calibration_rows needs rows that are read first: leave it out, or data.streaming"
+        )
     if train.early_stopping_patience and not train.eval_every:
         problems.append("train.early_stopping_patience needs train.eval_every")
     return problems
+
+
+def _calibrates(recipe: Recipe) -> bool:
+    return recipe.adapter.method == "loftq" and recipe.adapter.calibration_rows > 0
 
 
 def _task_problems(recipe: Recipe) -> list[str]:
@@ -48,6 +56,7 @@ def _task_problems(recipe: Recipe) -> list[str]:
         "train.distill": recipe.train.distill,
         "eval.answer": recipe.eval.answer != "none",
         "adapter.new_tokens": adapter.new_tokens,
+        "adapter.calibration_rows": _calibrates(recipe),
         "adapter.method: prompt_tuning": adapter.method == "prompt_tuning",
     }
     return [f"{field} needs task.type: causal_lm (got {recipe.task.type})" for field, got in wrong.items() if got]

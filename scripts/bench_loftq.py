@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_runs import RESULTS, hardware_line, write
+from bench_runs import RESULTS, hardware_line, this_machine, write
 
 ROWS_AT_ONCE = 5
 BASE = Path(__file__).parent.parent / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -98,7 +97,7 @@ class Bench:
             if full not in self.moments:
                 targets = wanted_targets(model, method.settings)
                 self.moments[full] = input_moments(model, targets, self.calibration, full)
-            method.moments = self.moments[full]
+            method.moments = dict(self.moments[full])
         torch.manual_seed(0)
         started = time.process_time()
         method.inject(model)
@@ -159,7 +158,7 @@ def report(options: argparse.Namespace, losses: dict[str, np.ndarray], seconds: 
         "answer_loss": {name: mean_loss(values) for name, values in losses.items()},
         "gap_closed": {name: asdict(share) for name, share in found.items()},
         "cpu_seconds_to_start": seconds,
-        **environment(),
+        **this_machine(),
     }
     base, nf4 = mean_loss(losses["16 bit"]), mean_loss(losses["NF4"])
     rows = [f"| 16 bit | | | {base:.4f} | | |", f"| NF4 | | | {nf4:.4f} | 0% | |"]
@@ -179,23 +178,6 @@ def report(options: argparse.Namespace, losses: dict[str, np.ndarray], seconds: 
         "|---|---|---|---|---|---|\n" + "\n".join(rows) + f"\n\n`{command}` on " + hardware_line(tree)
     )
     write("loftq", tree, table, options.out)
-
-
-def environment() -> dict[str, Any]:
-    """Hardware and versions; no run folder tells them here."""
-    import torch
-
-    from qlora_kit.train.records import tool_versions
-
-    machine = {
-        "system": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": "cpu",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-    return {"machine": machine, "tools": tool_versions()}
 
 
 if __name__ == "__main__":

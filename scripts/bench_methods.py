@@ -27,6 +27,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {  # the recipe's adapte
     "dora, rank 4": ({"method": "dora", "rank": 4, "alpha": 8}, []),
     "pissa": ({**LORA, "method": "pissa"}, []),
     "loftq": ({**LORA, "method": "loftq"}, []),
+    "loftq, by inputs": ({**LORA, "method": "loftq", "calibration_rows": 64, "calibration": "full"}, []),
     "adalora": ({**LORA, "method": "adalora"}, []),
     "sora": ({**LORA, "method": "sora"}, []),
     "bottleneck": ({"method": "bottleneck"}, []),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,23 @@ def environment(run: Path) -> dict[str, Any]:
     here = Path(__file__).parent
     found = subprocess.run(["git", "rev-parse", "HEAD"], check=False, cwd=here, capture_output=True, text=True)
     return {"machine": made["machine"], "tools": made["tools"], "commit": found.stdout.strip() or None}
+
+
+def this_machine() -> dict[str, Any]:
+    """Hardware and versions, where no run folder tells them."""
+    import torch
+
+    from qlora_kit.train.records import tool_versions
+
+    machine = {
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    return {"machine": machine, "tools": tool_versions()}
 
 
 def write(name: str, tree: dict[str, Any], table: str, folder: Path = RESULTS) -> None:

@@ -58,6 +58,15 @@ def test_it_is_what_is_held_at_most(method: str, folder: Path) -> None:
     assert 0.8 < found.loading_bytes / (whole.bytes + most) < 1.25
 
 
+@pytest.mark.parametrize("calibration", ["diagonal", "full"])
+def test_moments_of_inputs_are_counted(calibration: str) -> None:
+    adapter = {"method": "loftq", "rank": 4, "calibration_rows": 8, "calibration": calibration}
+    moments = plan(recipe_of(base={"model": "tiny"}, adapter=adapter), CONFIG).loading[-1]
+    inputs = [320] * 5 + [160, 700]  # of q, k, v, gate and up; of o; of down
+    assert moments.name == "moments of inputs" and not moments.exact
+    assert moments.bytes == 4 * sum(width ** (2 if calibration == "full" else 1) for width in inputs)
+
+
 def test_the_total_is_that_of_loading_where_it_takes_more() -> None:
     small = {"data": {"train": "t.jsonl", "max_seq_len": 8}}
     found = plan(recipe_of(base={"model": "tiny"}, adapter={"method": "pissa", "rank": 1}, **small), CONFIG)

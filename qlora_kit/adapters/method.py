@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.adapters.settings import AdapterSettings
 
 S = TypeVar("S", bound=AdapterSettings)
+FirstBatches = Callable[[int], Iterable[Mapping[str, Tensor]]]
+"""The batches of the first n training rows; fewer where there are fewer rows."""
 
 
 class Method(Generic[S]):
@@ -38,6 +41,9 @@ class Method(Generic[S]):
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Called with the run's tokenizer before a fresh adapter is injected."""
+
+    def look_at_inputs(self, model: PreTrainedModel, batches: FirstBatches) -> None:
+        """Called with the base, as `inject` will find it, before a fresh adapter is injected."""
 
     def inject(self, model: PreTrainedModel, targets: list[str] | None = None) -> list[str]:
         """Freezes `model` and puts a fresh adapter in, in place. Returns the names of the adapted layers.

@@ -20,9 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.adapters.factors import Factors, best_factors, residual
 from qlora_kit.adapters.files import read_tensors
 from qlora_kit.adapters.inject import wanted_targets
-from qlora_kit.adapters.input_moments import weighing
+from qlora_kit.adapters.input_moments import input_moments, weighing
 from qlora_kit.adapters.layer import AdaptedLinear, LinearLayer, weight_expander
 from qlora_kit.adapters.lora import LowRank
+from qlora_kit.adapters.method import FirstBatches
 from qlora_kit.adapters.peft_config import check_low_rank_config, read_low_rank_config
 from qlora_kit.adapters.svd_settings import LoftqSettings, PissaSettings, SvdSettings
 from qlora_kit.errors import AdapterError
@@ -189,6 +190,12 @@ class Loftq(SvdStart[LoftqSettings]):
         """What goes into layers, by `input_moments`: where a layer's is there, the adapter makes up for what moves
         the layer's output, not for what moves its weight. To be given before `inject`."""
 
+    def look_at_inputs(self, model: PreTrainedModel, batches: FirstBatches) -> None:
+        if rows := self.settings.calibration_rows:
+            quantized = planned_quantization(model).names
+            names = [name for name in wanted_targets(model, self.settings) if name in quantized]
+            self.moments = input_moments(model, names, batches(rows), full=self.settings.calibration == "full")
+
     def check_base(self, plan: Quantization) -> None:
         if plan.kind == "none":
             raise AdapterError(
@@ -203,7 +210,8 @@ class Loftq(SvdStart[LoftqSettings]):
         if not quantized:  # the head: nothing was lost
             return Start(rebase(None), None, None)
         subtracted, base = None, rebase(None)
-        weighed = weighing(self.moments[name]) if name in self.moments else None
+        moment = self.moments.pop(name, None)
+        weighed = None if moment is None else weighing(moment)
         adapter = best_factors(weight - weight_expander(base)(torch.float32), settings, weighed)
         for _ in range(settings.iterations - 1):
             subtracted, base = adapter, rebase(adapter)

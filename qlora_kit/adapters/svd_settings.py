@@ -36,3 +36,7 @@ class LoftqSettings(SvdSettings):
     """LoRA starts as the best it can do for what quantization lost (Li et al. 2023); loads the base whole."""
     iterations: Annotated[int, Field(ge=1, le=100)] = 5
     """Turns of quantizing and decomposing; 1 leaves the codes of the base as they are."""
+    calibration_rows: Annotated[int, Field(ge=0)] = 0
+    """First training rows whose inputs say which errors matter (Zhang et al. 2024); 0 weighs a layer's all alike."""
+    calibration: Literal["diagonal", "full"] = "diagonal"
+    """Of inputs, their mean squares, or all products of two features: wins back more, takes 4 in² bytes a layer."""

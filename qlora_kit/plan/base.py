@@ -67,6 +67,10 @@ def loading_parts(parameters: dict[str, int], targets: list[Linear], recipe: Rec
     yield Component("base, whole", sum(parameters.values()) * BYTES[dtype], True, f"unquantized, {dtype}")
     largest = max((target.weights for target in targets), default=0)
     yield Component("one layer decomposed", 20 * largest, False, "the largest, in fp32 and float64")
+    if recipe.adapter.method == "loftq" and recipe.adapter.calibration_rows:
+        full = recipe.adapter.calibration == "full"
+        numbers = sum(target.in_features ** (2 if full else 1) for target in targets)
+        yield Component("moments of inputs", 4 * numbers, False, "at most: layers of one input share them")
 
 
 def teacher_parts(shapes: ModelShapes, parameters: dict[str, int], recipe: Recipe) -> Iterable[Component]:

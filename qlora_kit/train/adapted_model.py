@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.method import FirstBatches, Method
 from qlora_kit.adapters.methods import METHODS, method_for
 from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.data.template import resolve_template
@@ -54,11 +54,13 @@ def load_for_training(
     source: BaseSource,
     tokenizer: Any,
     device: torch.device,
+    batches: FirstBatches,
     stored: Path | None = None,
 ) -> tuple[PreTrainedModel, Method[Any]]:
     """The quantized base with a fresh adapter in it, in training mode, and the adapter's method.
 
     Args:
+        batches: for a method that looks at them first.
         stored: folder of an adapter, where the method replaces the base: the one that it was trained on is made again.
     """
     torch.manual_seed(seed_for(recipe.run.seed, "head"))
@@ -81,6 +83,8 @@ def load_for_training(
     method.prepare(tokenizer)
     if stored is not None:
         method.read_beside(stored)
+    else:
+        method.look_at_inputs(model, batches)
     method.inject(model)
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(model)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,8 +104,11 @@ class Session:
 
     def collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
         """The task's batch, on the training device."""
-        batch = self.task.collate(rows, self.tokenizer)
-        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        return on_device(self.task.collate(rows, self.tokenizer), self.accelerator.device)
+
+
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def start_session(recipe: Recipe, run: RunFolder, resume: bool = False) -> Session:
@@ -121,7 +126,13 @@ def start_session(recipe: Recipe, run: RunFolder, resume: bool = False) -> Sessi
         data = prepare(recipe.data, tokenizer, recipe.run.seed, task)
     total_steps = count_steps(recipe, data, accelerator.num_processes)
     stored = stored_base(recipe, run, resume)
-    model, method = load_for_training(recipe, task, source, tokenizer, accelerator.device, stored)
+
+    def first_batches(count: int) -> Iterator[dict[str, Tensor]]:
+        rows, size = data.train[:count], recipe.train.micro_batch_size
+        for start in range(0, len(rows), size):
+            yield on_device(task.collate(rows[start : start + size], tokenizer), accelerator.device)
+
+    model, method = load_for_training(recipe, task, source, tokenizer, accelerator.device, first_batches, stored)
     _check_rows_fit(recipe, data, model)
     task.check_model(model)
     optimizer, notes = make_optimizer(recipe, trainable_parameters(model), accelerator.device, method.lr_factor)
