@@ -2,12 +2,14 @@
 
     python scripts/bench_methods.py --data PATH/gsm8k [--methods lora dora ...] [--seeds 0 1 2] [--steps 120]
 
-Held-out loss, trained weights, peak memory and speed of each. Writes benchmarks/methods_gsm8k.json and .md.
+Held-out loss, trained weights, peak memory and speed of each. Writes benchmarks/methods_gsm8k.json and .md; what is in
+there, of as many steps and rows, is kept and not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +56,21 @@ def main() -> None:
     held_out = options.runs / "eval.jsonl"
     lines = (options.data / "test.jsonl").read_text(encoding="utf-8").splitlines()[: options.eval_rows]
     held_out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    runs = {name: [_train(options, held_out, name, seed) for seed in options.seeds] for name in options.methods}
-    results = {name: [manifest(run)["results"] for run in of] for name, of in runs.items()}
-    _report(options, results, environment(runs[options.methods[0]][0]))
+    results = _read_results(options)
+    for seed in options.seeds:
+        for name in options.methods:
+            if str(seed) not in results.setdefault(name, {}):
+                run = _train(options, held_out, name, seed)
+                results[name][str(seed)] = manifest(run)["results"]
+                _report(options, results, environment(run))  # each time: what is done stays done
+
+
+def _read_results(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
+    """Method to seed to results, of earlier runs over the same steps and rows."""
+    file = options.out / "methods_gsm8k.json"
+    tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    same = (tree.get("steps"), tree.get("eval_rows")) == (options.steps, options.eval_rows)
+    return tree["results"] if same else {}
 
 
 def _train(options: argparse.Namespace, held_out: Path, name: str, seed: int) -> Path:
@@ -78,23 +92,28 @@ def _train(options: argparse.Namespace, held_out: Path, name: str, seed: int) ->
     return train_run(str(recipe), f"{folder}-seed{seed}", options.runs, overrides)
 
 
-def _report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]], env: dict[str, Any]) -> None:
-    losses = {name: [result["final_eval_loss"] for result in of] for name, of in results.items()}
-    rows = [
-        f"| {name} | {np.mean(losses[name]):.4f} | {against(losses, name, 'lora')} | {of[0]['trainable_params']:,} "
-        f"| {max(result['peak_rss_bytes'] for result in of) / 2**30:.2f} "
-        f"| {np.mean([result['tokens_per_s'] for result in of]):.0f} |"
-        for name, of in results.items()
-    ]
+def _report(options: argparse.Namespace, results: dict[str, dict[str, dict[str, Any]]], env: dict[str, Any]) -> None:
+    rows = []
+    for name in (name for name in VARIANTS if results.get(name)):
+        of = results[name]
+        losses = {method: [by[seed]["final_eval_loss"] for seed in of if seed in by] for method, by in results.items()}
+        paired = len(losses.get("lora", [])) == len(of)
+        rows.append(
+            f"| {name} | {len(of)} | {np.mean(losses[name]):.4f} | {against(losses, name, 'lora') if paired else ''} "
+            f"| {next(iter(of.values()))['trainable_params']:,} "
+            f"| {max(result['peak_rss_bytes'] for result in of.values()) / 2**30:.2f} "
+            f"| {np.mean([result['tokens_per_s'] for result in of.values()]):.0f} |"
+        )
     table = (
         "# Methods on GSM8K answers\n\n"
         f"SmolLM2-135M, NF4 base unless said otherwise, {options.steps} steps of {ROWS} rows, held-out loss in nats a "
-        f"token on {options.eval_rows} test rows, seeds {options.seeds}. Brackets are paired 95% t intervals.\n\n"
-        "| method | held-out loss | against lora | trained weights at the start | peak memory, GiB | tokens/s |\n"
-        "|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"`python scripts/bench_methods.py --data PATH/gsm8k --steps {options.steps}` on {hardware_line(env)}"
+        f"token on {options.eval_rows} test rows.\nBrackets are 95% t intervals, paired by seed.\n\n"
+        "| method | seeds | held-out loss | less lora | trained weights at the start | peak memory, GiB | tokens/s |\n"
+        "|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"`python scripts/bench_methods.py --data PATH/gsm8k --steps {options.steps} --eval-rows {options.eval_rows}` on "
+        f"{hardware_line(env)}"
     ) + (f"\n{options.note}\n" if options.note else "")
-    tree = {"seeds": options.seeds, "steps": options.steps, "results": results, **env}
+    tree = {"steps": options.steps, "eval_rows": options.eval_rows, "results": results, **env}
     write("methods_gsm8k", tree, table, options.out)
 
 
