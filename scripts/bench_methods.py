@@ -110,8 +110,8 @@ def _report(options: argparse.Namespace, results: dict[str, dict[str, dict[str, 
         f"token on {options.eval_rows} test rows.\nBrackets are 95% t intervals, paired by seed.\n\n"
         "| method | seeds | held-out loss | less lora | trained weights at the start | peak memory, GiB | tokens/s |\n"
         "|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"`python scripts/bench_methods.py --data PATH/gsm8k --steps {options.steps} --eval-rows {options.eval_rows}` on "
-        f"{hardware_line(env)}"
+        f"`python scripts/bench_methods.py --data PATH/gsm8k --steps {options.steps} --eval-rows {options.eval_rows}` "
+        f"on {hardware_line(env)}"
     ) + (f"\n{options.note}\n" if options.note else "")
     tree = {"steps": options.steps, "eval_rows": options.eval_rows, "results": results, **env}
     write("methods_gsm8k", tree, table, options.out)
