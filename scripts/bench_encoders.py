@@ -149,8 +149,8 @@ def _report(found: Found, env: dict[str, Any], out: Path) -> None:
     rows = [_row(task, name, of) for task, of in found.items() for name in VARIANTS if of.get(name)]
     table = (
         "# A small encoder: NF4 with adapters against full fine-tuning in 16 bit\n\n"
-        "MiniLM (22 million weights). Held-out scores, mean over seeds and their range; the difference is paired by seed,\n"
-        "with a 95% t interval.\n\n"
+        "MiniLM (22 million weights). Held-out scores, mean over seeds and their range; the difference is paired by "
+        "seed,\nwith a 95% t interval.\n\n"
         "| task | variant | seeds | score | less 16 bit, full | trained weights | seconds of training |\n"
         "| --- | --- | --- | --- | --- | --- | --- |\n" + "\n".join(rows) + "\n\n"
     )
