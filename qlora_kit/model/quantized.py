@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qlora_kit.errors import ModelError
 from qlora_kit.kernels.frozen_linear import frozen_linear
+from qlora_kit.kernels.quantize_4bit import quantize_4bit
 
 
 def _import_bitsandbytes() -> Any:
@@ -43,6 +44,17 @@ def _import_bitsandbytes() -> Any:
 
 
 bnb = _import_bitsandbytes()
+
+
+def _quantize_4bit(
+    weight: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    codes, absmax = quantize_4bit(weight, blocksize, bnb.functional.get_4bit_type(quant_type, "cpu"))
+    return codes.view(-1).view(quant_storage).unsqueeze(1), absmax
+
+
+if not torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::quantize_4bit", "CPU"):
+    torch.library.register_kernel("bitsandbytes::quantize_4bit", "cpu", _quantize_4bit)  # the same bytes, sooner
 
 
 class QuantizedLinear(nn.Module):
