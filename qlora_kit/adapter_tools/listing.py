@@ -72,20 +72,44 @@ def describe(folder: Path) -> Listed:
     except AdapterError as error:
         problems = problems or [str(error)]
     count, problem = _count(weights)
-    targets = config.get("target_modules") or "–"
-    ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()} - {None}
+    targets, strange = _targets(config.get("target_modules"))
+    ranks, odd = _ranks(config.get("r"), config.get("rank_pattern"))
     return Listed(
         name=_name(folder),
         folder=str(folder),
         method=method,
-        ranks=sorted(ranks),
-        targets=targets if isinstance(targets, str) else ", ".join(targets),
+        ranks=ranks,
+        targets=targets,
         trained_parameters=count,
         bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         base=str(config.get("base_model_name_or_path") or "–"),
         sha256=sha256_file(weights) if weights.is_file() else "",
-        problem="; ".join([*problems, *problem]),
+        problem="; ".join([*problems, *problem, *strange, *odd]),
     )
+
+
+def _targets(value: Any) -> tuple[str, list[str]]:
+    """(names as one text, what is wrong with them)."""
+    names = [value] if isinstance(value, str) else value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return "–", [f"target_modules: got {value!r}, allowed a name or names"]
+    return ", ".join(names) or "–", []
+
+
+def _ranks(rank: Any, pattern: Any) -> tuple[list[int], list[str]]:
+    """(each rank once, rising; what is wrong with them). PEFT's AdaLoRA marks with true the ranks that it kept."""
+    if pattern is not None and not isinstance(pattern, dict):
+        return [], [f"rank_pattern: got {pattern!r}, allowed names with their ranks"]
+    named = (pattern or {}).values()
+    values = [sum(value) if _is_marks(value) else value for value in named] + ([] if rank is None else [rank])
+    wrong = [value for value in values if type(value) is not int or value < 0]
+    return sorted({value for value in values if value not in wrong}), [
+        f"rank: got {value!r}, allowed a whole number" for value in wrong
+    ]
+
+
+def _is_marks(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(mark, bool) for mark in value)
 
 
 def _name(folder: Path) -> str:

@@ -124,6 +124,8 @@ def combine(
         delta, lost = _combine_layer(name, deltas, shares, combination)
         delta = Delta(delta.a.to(dtype).float(), delta.b.to(dtype).float())
         whole = concatenate(deltas, shares)
+        if not math.isfinite(whole.norm() + delta.norm()):
+            raise AdapterError(f"{name}: the combination overflows", got=list(weights), fix="Take smaller weights")
         nothing = NEARLY_ZERO * sum(abs(share) * part.norm() for part, share in pairs)
         distance = None if whole.norm() <= nothing else delta.minus(whole).norm() / whole.norm()
         found[name] = Combined(delta, None if delta.norm() <= nothing else lost, distance)
@@ -154,16 +156,16 @@ def merge_tensors(
 ) -> Tensor:
     """Tensors of one shape become one: drop, elect signs and average, or drop and sum.
 
-    Signs are elected among the tensors as a negative weight turns them; PEFT, which takes them as they are, does
-    the same where no weight is negative.
+    Signs are elected among the tensors as a negative weight turns them, whatever its size: an adapter less itself is
+    nothing. PEFT takes them as they are, which is the same where no weight is negative.
     """
     kept = [_drop(tensor, rule, density, generator) for tensor in tensors]
     weighted = torch.stack([weight * tensor for tensor, weight in zip(kept, weights, strict=True)])
     if not rule.elect:
         return weighted.sum(0)
     turned = torch.stack([math.copysign(1.0, weight) * tensor for tensor, weight in zip(kept, weights)])
-    elected = torch.where(turned.sum(0) >= 0, 1.0, -1.0)  # γ of the paper, a tie being positive
-    agree = turned.sign() == elected
+    elected = turned.sum(0).sign()  # γ of the paper; a tie elects nobody
+    agree = (turned.sign() == elected) & (elected != 0)
     return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 

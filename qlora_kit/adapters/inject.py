@@ -73,7 +73,7 @@ def inject_layers(
     Returns: the names of the wrapped layers.
 
     Raises:
-        AdapterError: targets or modules_to_save name nothing, or one layer is asked for both.
+        AdapterError: targets or modules_to_save name nothing or what cannot be adapted, or one layer is asked for both.
     """
     if any(adapted_layers(model)):
         raise AdapterError("the model already holds an adapter", fix="Load the base again")
@@ -92,12 +92,20 @@ def inject_layers(
         if is_tied_head(model, model.get_submodule(name)):
             untie_head(model)  # the delta is the head's alone
         base: Any = model.get_submodule(name)
+        _check_kind(base, name, settings, kinds)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrap(base, name))
     for name in saved:
         _train_in_full(model, model.get_submodule(name), dtype)
     train_biases(model, getattr(settings, "bias", "none"), dtype)
     return targets
+
+
+def _check_kind(layer: nn.Module, name: str, settings: AdapterSettings, kinds: Kinds) -> None:
+    if not isinstance(layer, kinds):  # a stored adapter may name what another toolkit adapts
+        allowed = ", ".join(sorted({kind.__name__ for kind in kinds}))
+        what = f"adapter.method {settings.method} does not adapt {name}"
+        raise AdapterError(what, got=type(layer).__name__, allowed=allowed, fix="Train one without this layer")
 
 
 def wanted_targets(model: nn.Module, settings: AdapterSettings, kinds: Kinds = LINEAR) -> list[str]:

@@ -8,6 +8,7 @@ weighs by Fisher information instead).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -68,12 +69,14 @@ def input_moments(
         AdapterError: what goes into a layer is not [batch, seq, in].
     """
     watch, training = _Watch(full), model.training
+    takes = inspect.signature(type(model).forward).parameters
+    one_logit = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # nobody reads them
     hooks = [model.get_submodule(name).register_forward_pre_hook(watch.hook(name)) for name in names]
     try:
         model.eval()
         for batch in batches:
             watch.start(batch["attention_mask"])
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **one_logit)
     finally:
         model.train(training)
         for hook in hooks:
@@ -108,7 +111,9 @@ class _Watch:
     def _rows(self, name: str, x: Tensor) -> Tensor:
         """x [batch, seq, in] to float32 [tokens, in], padding left out."""
         if x.shape[:-1] != self.real.shape:
-            raise AdapterError(f"{name}: its input is not one row a token", got=list(x.shape), fix="Do without moments")
+            raise AdapterError(
+                f"{name}: its input is not one row a token", got=list(x.shape), fix="Set adapter.calibration_rows=0"
+            )
         return x[self.real].float()
 
     def _add(self, name: str, x: Tensor) -> None:

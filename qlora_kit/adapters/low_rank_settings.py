@@ -24,7 +24,7 @@ class FactorSettings(AdapterSettings):
     dropout: Share = 0.0
     """Dropout on the input of A."""
     lr_ratio: Annotated[float, Field(gt=0)] = 1.0
-    """B learns this many times faster than A: LoRA+ (Hayou et al. 2024), which advises 16."""
+    """B learns this many times faster than A: LoRA+ (Hayou et al. 2024), which advises 16. Not in embeddings."""
     bias: Literal["none", "lora_only", "all"] = "none"
     """Which biases of the base are trained as well."""
     target_modules: TextOrTexts = "all-linear"

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.adapters.settings import AdapterSettings
 
 S = TypeVar("S", bound=AdapterSettings)
-FirstBatches = Callable[[int], Iterable[Mapping[str, Tensor]]]
-"""The batches of the first n training rows; fewer where there are fewer rows."""
+SomeBatches = Callable[[int], Iterable[Mapping[str, Tensor]]]
+"""Batches of n training rows, spread over the data; fewer where there are fewer rows."""
 
 
 class Method(Generic[S]):
@@ -42,7 +42,7 @@ class Method(Generic[S]):
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Called with the run's tokenizer before a fresh adapter is injected."""
 
-    def look_at_inputs(self, model: PreTrainedModel, batches: FirstBatches) -> None:
+    def look_at_inputs(self, model: PreTrainedModel, batches: SomeBatches) -> None:
         """Called with the base, as `inject` will find it, before a fresh adapter is injected."""
 
     def inject(self, model: PreTrainedModel, targets: list[str] | None = None) -> list[str]:

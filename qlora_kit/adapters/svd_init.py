@@ -20,10 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.adapters.factors import Factors, best_factors, residual
 from qlora_kit.adapters.files import read_tensors
 from qlora_kit.adapters.inject import wanted_targets
-from qlora_kit.adapters.input_moments import input_moments, weighing
+from qlora_kit.adapters.input_moments import Weighing, input_moments, weighing
 from qlora_kit.adapters.layer import AdaptedLinear, LinearLayer, weight_expander
 from qlora_kit.adapters.lora import LowRank
-from qlora_kit.adapters.method import FirstBatches
+from qlora_kit.adapters.method import SomeBatches
 from qlora_kit.adapters.peft_config import check_low_rank_config, read_low_rank_config
 from qlora_kit.adapters.svd_settings import LoftqSettings, PissaSettings, SvdSettings
 from qlora_kit.errors import AdapterError
@@ -189,8 +189,10 @@ class Loftq(SvdStart[LoftqSettings]):
         self.moments: dict[str, Tensor] = {}
         """What goes into layers, by `input_moments`: where a layer's is there, the adapter makes up for what moves
         the layer's output, not for what moves its weight. To be given before `inject`."""
+        self._moment: Tensor | None = None
+        self._weighed: Weighing | None = None
 
-    def look_at_inputs(self, model: PreTrainedModel, batches: FirstBatches) -> None:
+    def look_at_inputs(self, model: PreTrainedModel, batches: SomeBatches) -> None:
         if rows := self.settings.calibration_rows:
             quantized = planned_quantization(model).names
             names = [name for name in wanted_targets(model, self.settings) if name in quantized]
@@ -211,7 +213,9 @@ class Loftq(SvdStart[LoftqSettings]):
             return Start(rebase(None), None, None)
         subtracted, base = None, rebase(None)
         moment = self.moments.pop(name, None)
-        weighed = None if moment is None else weighing(moment)
+        if moment is not self._moment:  # layers of one input follow one another
+            self._moment, self._weighed = moment, None if moment is None else weighing(moment)
+        weighed = self._weighed
         adapter = best_factors(weight - weight_expander(base)(torch.float32), settings, weighed)
         for _ in range(settings.iterations - 1):
             subtracted, base = adapter, rebase(adapter)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from qlora_kit.adapters.low_rank_settings import LowRankSettings
 
@@ -37,6 +37,13 @@ class LoftqSettings(SvdSettings):
     iterations: Annotated[int, Field(ge=1, le=100)] = 5
     """Turns of quantizing and decomposing; 1 leaves the codes of the base as they are."""
     calibration_rows: Annotated[int, Field(ge=0)] = 0
-    """First training rows whose inputs say which errors matter (Zhang et al. 2024); 0 weighs a layer's all alike."""
+    """Training rows, from the whole data, whose inputs say which errors matter (Zhang et al. 2024); 0: all alike."""
     calibration: Literal["diagonal", "full"] = "diagonal"
     """Of inputs, their mean squares, or all products of two features: wins back more, takes 4 in² bytes a layer."""
+
+    @field_validator("calibration")
+    @classmethod
+    def _has_rows(cls, calibration: str, info: ValidationInfo) -> str:
+        if calibration == "full" and info.data.get("calibration_rows") == 0:
+            raise ValueError("full needs rows to look at; set calibration_rows, to 64 for example")
+        return calibration

@@ -41,13 +41,18 @@ class BaseSource:
 
 
 def find_base(
-    model: str, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+    model: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    field: str = "base.model",
 ) -> BaseSource:
     """Finds a base model and makes it a local safetensors folder.
 
     Args:
         model: hub id, folder, or .gguf file (dequantized once to fp32 and cached under `cache_dir()`).
         weights: False where config and tokenizer do: a hub's weights are then not downloaded, and none are hashed.
+        field: of the recipe, that errors name.
 
     Raises:
         ModelError: nothing is there, the folder is incomplete, or it needs remote code that is not allowed.
@@ -62,7 +67,7 @@ def find_base(
     elif path.is_dir():
         folder = path
     elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
-        raise ModelError("base.model names no model", got=model, allowed="a hub id, a folder or a .gguf file")
+        raise ModelError(f"{field} names no model", got=model, allowed="a hub id, a folder or a .gguf file")
     else:
         folder = _download(model, revision, weights)
     _check_config(folder, model, trust_remote_code)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.adapters.method import FirstBatches, Method
+from qlora_kit.adapters.method import Method, SomeBatches
 from qlora_kit.adapters.methods import METHODS, method_for
 from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.data.template import resolve_template
@@ -54,7 +54,7 @@ def load_for_training(
     source: BaseSource,
     tokenizer: Any,
     device: torch.device,
-    batches: FirstBatches,
+    batches: SomeBatches,
     stored: Path | None = None,
 ) -> tuple[PreTrainedModel, Method[Any]]:
     """The quantized base with a fresh adapter in it, in training mode, and the adapter's method.

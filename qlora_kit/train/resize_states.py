@@ -1,4 +1,8 @@
-"""Optimizer states of a weight that takes another shape: what old and new share is kept, the rest starts at zero."""
+"""Optimizer states of a weight that takes another shape: what old and new share is kept.
+
+New first moments start at zero, new second moments at the mean of the old ones: the step count goes on, so that
+nothing corrects a second moment that starts at zero, and its weights would move too far for hundreds of steps.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,12 @@ from torch import Tensor
 BNB_BLOCK = 256  # values of a bitsandbytes 8-bit state that share a scale
 
 
-def resized(values: Tensor, shape: torch.Size) -> Tensor:
-    """`values` cut, or filled up with zeros, at the end of each dimension."""
-    whole = values.new_zeros(shape)
+SECOND_MOMENTS = ("exp_avg_sq", "state2")  # torch's name, bitsandbytes'
+
+
+def resized(values: Tensor, shape: torch.Size, fill: float = 0.0) -> Tensor:
+    """`values` cut, or filled up with `fill`, at the end of each dimension."""
+    whole = values.new_full(shape, fill)
     shared = tuple(slice(min(sizes)) for sizes in zip(values.shape, shape, strict=True))
     whole[shared] = values[shared]
     return whole
@@ -31,17 +38,25 @@ def resized_states(state: dict[str, Any], old: torch.Size, shape: torch.Size) ->
         if value.dtype == torch.uint8:
             number = name.removeprefix("state")
             found[name], found[f"absmax{number}"] = _requantized(
-                value, state[f"absmax{number}"], state[f"qmap{number}"], shape
+                value, state[f"absmax{number}"], state[f"qmap{number}"], shape, name in SECOND_MOMENTS
             )
         else:
-            found[name] = resized(value, shape)
+            found[name] = resized(value, shape, _fill(value, name in SECOND_MOMENTS))
     return found
 
 
-def _requantized(codes: Tensor, absmax: Tensor, table: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def _fill(values: Tensor, second: bool) -> float:
+    return float(values.double().mean()) if second else 0.0
+
+
+def _requantized(
+    codes: Tensor, absmax: Tensor, table: Tensor, shape: torch.Size, second: bool
+) -> tuple[Tensor, Tensor]:
     """(uint8 codes, float32 absmax of each block) for the new shape."""
     from qlora_kit.model.quantized import bnb
 
     values = bnb.functional.dequantize_blockwise(codes, absmax=absmax, code=table, blocksize=BNB_BLOCK)
-    new, scales = bnb.functional.quantize_blockwise(resized(values, shape), code=table, blocksize=BNB_BLOCK)
+    new, scales = bnb.functional.quantize_blockwise(
+        resized(values, shape, _fill(values, second)), code=table, blocksize=BNB_BLOCK
+    )
     return new, scales.absmax

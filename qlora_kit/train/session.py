@@ -36,6 +36,7 @@ from qlora_kit.train.adapted_model import (
 from qlora_kit.train.determinism import make_deterministic
 from qlora_kit.train.devices import make_accelerator, spread
 from qlora_kit.train.distill import Distillation
+from qlora_kit.train.growth import check_growth
 from qlora_kit.train.loss_scale import LossScale
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.run_folder import RunFolder
@@ -125,14 +126,16 @@ def start_session(recipe: Recipe, run: RunFolder, resume: bool = False) -> Sessi
         task = prepare_task(recipe.task, recipe.data)
         data = prepare(recipe.data, tokenizer, recipe.run.seed, task)
     total_steps = count_steps(recipe, data, accelerator.num_processes)
+    check_growth(recipe.adapter, total_steps)
     stored = stored_base(recipe, run, resume)
 
-    def first_batches(count: int) -> Iterator[dict[str, Tensor]]:
-        rows, size = data.train[:count], recipe.train.micro_batch_size
+    def some_batches(count: int) -> Iterator[dict[str, Tensor]]:
+        step, size = max(1, len(data.train) // count), recipe.train.micro_batch_size
+        rows = data.train[::step][:count]  # from the whole of it: of all sources, of sorted files
         for start in range(0, len(rows), size):
             yield on_device(task.collate(rows[start : start + size], tokenizer), accelerator.device)
 
-    model, method = load_for_training(recipe, task, source, tokenizer, accelerator.device, first_batches, stored)
+    model, method = load_for_training(recipe, task, source, tokenizer, accelerator.device, some_batches, stored)
     _check_rows_fit(recipe, data, model)
     task.check_model(model)
     optimizer, notes = make_optimizer(recipe, trainable_parameters(model), accelerator.device, method.lr_factor)

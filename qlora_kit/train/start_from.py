@@ -138,6 +138,14 @@ def _check_fits(session: Session, start: Start, own: LoraSettings) -> None:
             f"adapter.init_from: {start.folder} adapts other layers, {differing[0]} in one of both alone",
             fix="Give adapter.target_modules as it was trained with",
         )
+    in_full = [sorted(settings.modules_to_save) for settings in (own, start.settings)]
+    if in_full[0] != in_full[1]:
+        raise AdapterError(
+            f"adapter.init_from: {start.folder} holds other modules trained in full",
+            got=in_full[0],
+            allowed=str(in_full[1]),
+            fix="Give adapter.modules_to_save and adapter.new_tokens as it was trained with",
+        )
     for name in layers:
         theirs, ours = start.settings.for_layer(name), own.for_layer(name)
         if theirs.rank > ours.rank:

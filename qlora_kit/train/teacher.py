@@ -41,7 +41,7 @@ def find_teacher(recipe: Recipe, base: BaseSource, tokenizer: PreTrainedTokenize
     assert section is not None
     if section.teacher == "base":
         return base
-    source = find_base(section.teacher, section.revision, recipe.base.trust_remote_code)
+    source = find_base(section.teacher, section.revision, recipe.base.trust_remote_code, field="train.distill.teacher")
     theirs = load_tokenizer(source.folder, recipe.base.trust_remote_code).get_vocab()
     if theirs != tokenizer.get_vocab():
         raise ModelError(

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -140,6 +141,13 @@ def test_new_tokens_without_their_head_are_refused(folder):
     name = "base_model.model.model.embed_tokens.weight"
     change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(330, 64)}))
     assert_refused(folder, "not both the embedding and the head")
+
+
+def test_a_layer_that_the_method_does_not_adapt_is_named(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    peft.get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"dora does not adapt model\.embed_tokens .*Embedding"):
+        load_adapter(tiny_model("llama"), tmp_path)
 
 
 def test_a_second_adapter_is_refused():

@@ -94,6 +94,18 @@ def test_an_adapter_less_itself_is_nothing() -> None:
     assert kept.from_sum is not None and kept.from_sum < 1e-2
 
 
+@pytest.mark.parametrize("method", ["ties", "ties_svd"])
+def test_an_adapter_less_itself_elects_nobody(method: str) -> None:
+    for weight in (-1.0, -0.99):
+        found = combine([THREE[0], THREE[0]], [1.0, weight], Combination(method, density=1.0))
+        assert found["x"].delta.norm() < 1e-5 * THREE[0]["x"].norm()
+
+
+def test_what_overflows_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"x: the combination overflows .*Take smaller weights"):
+        combine([THREE[0], THREE[0]], [1e38, 1e38], Combination("cat"))
+
+
 def test_a_command_says_that_deltas_cancel_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = (str(adapter(tmp_path / name, seed)) for name, seed in (("a", 1), ("b", 2)))
 

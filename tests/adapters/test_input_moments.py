@@ -142,7 +142,7 @@ def test_a_weighed_start_moves_the_outputs_less(base: BaseSource) -> None:
     for kind in ("plain", "diagonal", "full"):
         model = load_base(base, "nf4", compute_dtype=torch.float32, quantize_later=True)
         method = Loftq(LOFTQ.model_copy(update={"iterations": 1}))
-        method.moments = {} if kind == "plain" else moments[kind == "full"]
+        method.moments = {} if kind == "plain" else dict(moments[kind == "full"])
         method.inject(model)
         total = 0.0
         for name, layer in adapted_layers(model):

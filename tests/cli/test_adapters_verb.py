@@ -287,3 +287,30 @@ def test_help_imports_nothing_heavy(action: str) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stderr.strip() == "[]" and f"adapters {action}" in result.stdout
+
+
+def test_an_odd_configuration_hides_no_other_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter(tmp_path / "good", 1)
+    odd = {
+        "marks": {"peft_type": "ADALORA", "rank_pattern": {"q.lora_E": [True, False, True], "k.lora_E": [True]}},
+        "pattern": {"rank_pattern": [1]},
+        "rank": {"r": "four", "rank_pattern": {"q_proj": 2}},
+        "ranks": {"r": [4]},
+        "targets": {"target_modules": [1, 2]},
+    }
+    for name, fields in odd.items():
+        folder = adapter(tmp_path / name, 1)
+        config = json.loads((folder / "adapter_config.json").read_text()) | fields
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert main(["adapters", "list", str(tmp_path), "--json"]) == 0
+    rows = {Path(row["folder"]).name: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == {"good", *odd} and not rows["good"]["problem"]
+    assert set(rows["marks"]["ranks"]) >= {1, 2}
+    for name, words in {
+        "pattern": "rank_pattern: got [1], allowed names with their ranks",
+        "rank": "rank: got 'four', allowed a whole number",
+        "ranks": "rank: got [4], allowed a whole number",
+        "targets": "target_modules: got [1, 2], allowed a name or names",
+    }.items():
+        assert words in rows[name]["problem"]
+    assert main(["adapters", "list", str(tmp_path)]) == 0

@@ -70,19 +70,21 @@ def adapter_weights(session: Session) -> list[tuple[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("calibration", ["diagonal", "full"])
-def test_loftq_is_fitted_to_the_first_training_rows(tmp_path: Path, tiny_llama: Path, calibration: str) -> None:
+def test_loftq_is_fitted_to_training_rows(tmp_path: Path, tiny_llama: Path, calibration: str) -> None:
     """What it starts from is what fitting by hand to the same rows gives; another number of rows gives another."""
     loftq = {"method": "loftq", "rank": 4, "niter": 0, "dtype": "fp32", "calibration": calibration}
     recipe = tiny_recipe(tmp_path, tiny_llama, adapter={**loftq, "calibration_rows": 5}, train={"max_steps": 2})
     session = start_session(recipe, RunFolder(tmp_path / "unused"))
-    by_rows = {rows: start_of(tiny_recipe(tmp_path, tiny_llama, adapter={**loftq, "calibration_rows": rows}))
-               for rows in (0, 4)}  # fmt: skip
+    plain = {**loftq, "calibration": "diagonal"}
+    starts = {0: {**plain, "calibration_rows": 0}, 4: {**loftq, "calibration_rows": 4}}
+    by_rows = {rows: start_of(tiny_recipe(tmp_path, tiny_llama, adapter=other)) for rows, other in starts.items()}
     assert isinstance(recipe.adapter, LoftqSettings)
 
     section = recipe.base
     base = load_base(session.source, section.quant, section.double_quant, session.plain.dtype, quantize_later=True)
     method = Loftq(recipe.adapter)
-    batch = session.collate(session.data.train[:5])
+    rows = session.data.train
+    batch = session.collate(rows[:: len(rows) // 5][:5])  # spread over all of them
     method.moments = input_moments(base, wanted_targets(base, recipe.adapter), [batch], calibration == "full")
     method.inject(base)
     expected = {name: weight.detach() for name, weight in base.named_parameters() if weight.requires_grad}
@@ -117,6 +119,7 @@ def test_a_fitted_run_resumes_without_looking_again(
     ("changes", "message"),
     [
         ({"data": {"streaming": True}}, "adapter.calibration_rows needs rows that are read first"),
+        ({"adapter": {"method": "loftq", "calibration": "full"}}, "adapter.calibration: .*full needs rows to look at"),
         ({"task": {"type": "classification"}}, "adapter.calibration_rows needs task.type: causal_lm"),
     ],
 )
@@ -124,4 +127,4 @@ def test_what_cannot_be_fitted_is_refused(
     tmp_path: Path, tiny_llama: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        tiny_recipe(tmp_path, tiny_llama, adapter={"method": "loftq", "calibration_rows": 4}, **changes)
+        tiny_recipe(tmp_path, tiny_llama, **{"adapter": {"method": "loftq", "calibration_rows": 4}, **changes})
