@@ -13,7 +13,6 @@ import argparse
 import json
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import yaml
 from bench_runs import RESULTS, against, environment, hardware_line, manifest, train_run, write
+from prepare_data import addresses, write_rows
 
 Found = dict[str, dict[str, dict[str, dict[str, Any]]]]
 """Task to variant to seed to results."""
@@ -80,7 +80,8 @@ def main() -> None:
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     if "addresses" in options.tasks:
-        write_addresses(options.data / "addresses" / "labeled.xml", options.runs)
+        for name, rows in zip(("addresses", "addresses-eval"), addresses(options.data)):
+            write_rows(options.runs / f"{name}.jsonl", rows)
     found = read_results(options.out)
     for seed in options.seeds:
         for task in options.tasks:
@@ -97,26 +98,6 @@ def read_results(out: Path) -> Found:
     file = out / "encoders.json"
     tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return {task: found for task, found in tree.get("tasks", {}).items() if tree["steps"][task] == BENCHES[task].steps}
-
-
-def write_addresses(labeled: Path, folder: Path, held_out: int = 200) -> None:
-    """Addresses as words with BIO tags: a part of an address is a span. Of the first 1000, every fifth is held out."""
-    rows = [_address(element) for element in ElementTree.parse(labeled).getroot()]
-    eval_rows = rows[::5][:held_out]
-    train_rows = [row for k, row in enumerate(rows) if k % 5 or k // 5 >= held_out]
-    for name, part in (("addresses", train_rows), ("addresses-eval", eval_rows)):
-        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in part)
-        (folder / f"{name}.jsonl").write_text(lines + "\n", encoding="utf-8")
-
-
-def _address(element: ElementTree.Element) -> dict[str, list[str]]:
-    words, tags, before = [], [], ""
-    for part in element:
-        for word in (part.text or "").split():
-            words.append(word)
-            tags.append(f"{'I' if part.tag == before else 'B'}-{part.tag}")
-            before = part.tag
-    return {"words": words, "tags": tags}
 
 
 def _train(options: argparse.Namespace, task: str, name: str, seed: int) -> Path:

@@ -207,5 +207,5 @@ def test_overrides_that_are_none(recipe_file: Path, override: str, message: str)
 
 
 def test_no_such_recipe_lists_the_shipped_ones() -> None:
-    with pytest.raises(RecipeError, match=r"no recipe nothing.*smollm2-gsm8k, smollm2-sentiment"):
+    with pytest.raises(RecipeError, match=r"no recipe nothing.*smollm2-gsm8k, smollm2-recommender, smollm2-sentiment"):
         load_recipe("nothing")
