@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.adapter_tools.sources import DEFAULTS, Source, check_new, write_new
+from qlora_kit.adapter_tools.sources import DEFAULTS, Source, as_lora, check_new, write_new
 from qlora_kit.adapters.deltas import A, B, delta_tensors, other_tensors, read_deltas
 from qlora_kit.adapters.method import DTYPES, dtype_name
 from qlora_kit.adapters.peft_config import unscaled_config
-from qlora_kit.adapters.svd_init import SvdStart, read_subtracted
-from qlora_kit.adapters.to_lora import to_lora
 from qlora_kit.errors import AdapterError
 
 
@@ -27,9 +25,7 @@ def convert(source: Source, target: Path, rank: int | None = None, dtype: str | 
         AdapterError: the method has no such form, the rank is not smaller, or `target` is there.
     """
     check_new(target)
-    stored = source.stored
-    if issubclass(stored.method, SvdStart):
-        stored = to_lora(stored, read_subtracted(source.folder))
+    stored = as_lora(source)
     deltas = read_deltas(stored, source.folder)
     dtype = dtype or dtype_name(stored.tensors, (".lora_",))
     config, lost = stored.config, dict.fromkeys(deltas, 0.0)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_kit.adapter_tools.sources import Source
-from qlora_kit.adapters.deltas import Delta, read_deltas
+from qlora_kit.adapter_tools.sources import Source, as_lora
+from qlora_kit.adapters.deltas import A, B, Delta, read_deltas
+from qlora_kit.adapters.files import PREFIX
 from qlora_kit.adapters.layer import LINEAR, weight_expander
 from qlora_kit.adapters.spectrum import amplification, directions, effective_rank, energy_rank, overlap
 from qlora_kit.errors import AdapterError, QloraKitError
@@ -102,11 +103,11 @@ def inspect(adapter: Source, other: Source | None = None, base: bool = False) ->
         base: load the base too, as the run trained on it, else as the adapter names it; noted where it is not found.
 
     Raises:
-        AdapterError: an adapter is not ordinary LoRA, or the two have no layer in common.
+        AdapterError: an adapter is not LoRA, PiSSA or LoftQ, or the two have no layer in common.
     """
-    deltas = read_deltas(adapter.stored, adapter.folder)
-    others = read_deltas(other.stored, other.folder) if other else {}
     notes: list[str] = []
+    deltas = _linear_deltas(adapter, notes)
+    others = _linear_deltas(other, notes) if other else {}
     weight = _weights(adapter, notes) if base else None
     if other and not deltas.keys() & others.keys():
         raise AdapterError(
@@ -118,6 +119,25 @@ def inspect(adapter: Source, other: Source | None = None, base: bool = False) ->
     layers = [_measure(name, delta, others.get(name), weight) for name, delta in deltas.items()]
     layers.sort(key=lambda layer: (-1 if layer.block is None else layer.block, layer.name))
     return Inspection(adapter, layers, other, notes)
+
+
+def _linear_deltas(source: Source, notes: list[str]) -> dict[str, Delta]:
+    """Of linear layers, to the plain base; a note names others, whose delta is no matrix of the layer's own shape."""
+    stored = as_lora(source)
+    others = {
+        key.removeprefix(PREFIX).partition(".lora_")[0]
+        for key, tensor in stored.tensors.items()
+        if ".lora_embedding_" in key or (".lora_" in key and (tensor.dim() != 2 or not key.endswith((A, B))))
+    }
+    if not others:
+        return read_deltas(stored, source.folder)
+    notes.append(f"{source.folder}: left out, as they are no linear layers: {', '.join(sorted(others))}")
+    kept = {
+        key: tensor
+        for key, tensor in stored.tensors.items()
+        if key.removeprefix(PREFIX).partition(".lora_")[0] not in others
+    }
+    return read_deltas(replace(stored, tensors=kept), source.folder)
 
 
 def _measure(name: str, delta: Delta, other: Delta | None, read_weight: ReadWeight | None) -> Layer:

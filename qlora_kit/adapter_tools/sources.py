@@ -12,6 +12,8 @@ from torch import Tensor
 from qlora_kit.adapters.files import WEIGHTS, write_adapter
 from qlora_kit.adapters.folders import adapter_folder
 from qlora_kit.adapters.peft_format import StoredAdapter, read_adapter
+from qlora_kit.adapters.svd_init import SvdStart, read_subtracted
+from qlora_kit.adapters.to_lora import to_lora
 from qlora_kit.atomic import disk_error, write_json
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.source import sha256_file
@@ -62,6 +64,13 @@ def open_source(path: str | Path) -> Source:
     """
     folder = adapter_folder(Path(path))
     return Source(folder, read_adapter(folder), sha256_file(folder / WEIGHTS), run_of(folder))
+
+
+def as_lora(source: Source) -> StoredAdapter:
+    """The adapter for the plain base: one of PiSSA or LoftQ as `to_lora` says, another as it is."""
+    if not issubclass(source.stored.method, SvdStart):
+        return source.stored
+    return to_lora(source.stored, read_subtracted(source.folder))
 
 
 def run_of(folder: Path) -> RunFolder | None:

@@ -314,3 +314,20 @@ def test_an_odd_configuration_hides_no_other_adapter(tmp_path: Path, capsys: pyt
     }.items():
         assert words in rows[name]["problem"]
     assert main(["adapters", "list", str(tmp_path)]) == 0
+
+
+def test_inspect_what_changed_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its delta is that to the plain base, which the converted adapter has."""
+    folder = adapter(tmp_path / "pissa", 1, method="pissa")
+    run("convert", str(folder), "-o", str(tmp_path / "plain"), "--dtype", "fp32")
+    found, plain = (printed(capsys, "inspect", str(path)) for path in (folder, tmp_path / "plain"))
+    assert len(found["layers"]) == 14
+    for ours, theirs in zip(found["layers"], plain["layers"], strict=True):
+        assert ours["name"] == theirs["name"] and ours["norm"] == pytest.approx(theirs["norm"], rel=1e-4)
+
+
+def test_inspect_leaves_out_what_is_not_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = adapter(tmp_path / "both", 1, target_modules=["q_proj", "embed_tokens"])
+    found = printed(capsys, "inspect", str(folder))
+    assert [layer["name"].rpartition(".")[2] for layer in found["layers"]] == ["q_proj", "q_proj"]
+    assert any("left out, as they are no linear layers: model.embed_tokens" in note for note in found["notes"])
