@@ -30,9 +30,7 @@ def _length_problems(recipe: Recipe) -> list[str]:
         got = f"got {recipe.base.quant}; codes cannot be trained"
         problems.append(f"adapter.method {recipe.adapter.method} needs base.quant: none ({got})")
     if _calibrates(recipe) and data.streaming:
-        problems.append(
-            "adapter.calibration_rows needs rows that are read first: leave it out, or data.streaming"
-        )
+        problems.append("adapter.calibration_rows needs rows that are read first: leave it out, or data.streaming")
     if train.early_stopping_patience and not train.eval_every:
         problems.append("train.early_stopping_patience needs train.eval_every")
     return problems

@@ -42,8 +42,7 @@ class ClassificationSettings(TaskSettings):
 
     @model_validator(mode="after")
     def _labels_fit(self) -> ClassificationSettings:
-        if self.labels and len(set(self.labels)) < max(2, len(self.labels)):
-            raise ValueError(f"task.labels: got {self.labels!r}; give at least two, each once")
+        _check_labels(self.labels)
         weights = self.class_weights if isinstance(self.class_weights, dict) and self.labels else {}
         if unknown := sorted(set(weights) - set(self.labels)):
             raise ValueError(f"task.class_weights names labels that are not in task.labels: {', '.join(unknown)}")
@@ -70,6 +69,13 @@ class TaggingSettings(TaskSettings):
     """bio: tags are O, B-TYPE and I-TYPE and spans are scored; plain: a tag is a name, words are scored."""
     broken_spans: Literal["error", "repair"] = "error"
     """An I-TYPE that follows no B- or I- of its type: refuse the row, or make it B-TYPE and count."""
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> TaggingSettings:
+        _check_labels(self.labels)
+        if self.labels and self.scheme == "bio":
+            _check_bio(self.labels)
+        return self
 
 
 class QuestionAnsweringSettings(TaskSettings):
@@ -105,6 +111,11 @@ class ImageClassificationSettings(TaskSettings):
     labels: list[Text] = []
     """Names of the labels in the order of the model's outputs; those of the training rows, sorted, when left out."""
 
+    @model_validator(mode="after")
+    def _labels_fit(self) -> ImageClassificationSettings:
+        _check_labels(self.labels)
+        return self
+
 
 class SpeechRecognitionSettings(TaskSettings):
     """Speech recognition's, with an encoder-decoder such as Whisper."""
@@ -114,6 +125,24 @@ class SpeechRecognitionSettings(TaskSettings):
     max_target_len: Annotated[int, Field(ge=2)] = 224
     """Tokens of a transcript."""
     answers_with_text: ClassVar[bool] = True
+
+
+def _check_labels(labels: list[str]) -> None:
+    """Rows are stripped before they are looked up, so a label with white space around it would match nothing."""
+    if any(label != label.strip() or not label.strip() for label in labels):
+        raise ValueError(f"task.labels: got {labels!r}; give names without white space around them")
+    if labels and len(set(labels)) < max(2, len(labels)):
+        raise ValueError(f"task.labels: got {labels!r}; give at least two, each once")
+
+
+def _check_bio(labels: list[str]) -> None:
+    """A bundle's spans, and the repair of I- to B-, need both marks of each type."""
+    if wrong := [label for label in labels if label != "O" and (label[:2] not in ("B-", "I-") or not label[2:])]:
+        allowed = "O, B-TYPE and I-TYPE, or with task.scheme: plain any names"
+        raise ValueError(f"task.labels: {', '.join(wrong)} are no BIO tags; give {allowed}")
+    pairs = {mark + label[2:] for label in labels if label != "O" for mark in ("B-", "I-")}
+    if missing := sorted({"O", *pairs} - set(labels)):
+        raise ValueError(f"task.labels lacks {', '.join(missing)}; give O, and both B-TYPE and I-TYPE of each type")
 
 
 TASKS: dict[str, type[TaskSettings]] = {

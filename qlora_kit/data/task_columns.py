@@ -101,7 +101,8 @@ def find_columns(
 ) -> dict[str, str]:
     """The columns of a task by the source's first row: {field: column}, in the order of the task's fields.
 
-    A pair of texts is taken for one where both its usual columns are there.
+    A pair of texts is taken for one where both its usual columns are there. Where words are only to be tagged a
+    column of raw text does too.
 
     Args:
         task: type of the task.
@@ -113,6 +114,8 @@ def find_columns(
     Raises:
         DataError: a field has no column or several, or data.columns names what is not there.
     """
+    if task == "tagging" and not labelled and (texts := _raw_texts(row, renamed)):
+        return {"words": _only("words", texts, TEXT, row, place)}
     wanted = INPUTS[task] | (ANSWERS[task] if labelled else {})
     columns = _named(task, row, renamed, place, labelled)
     taken = set(columns.values())
@@ -131,6 +134,13 @@ def find_columns(
             columns[field] = field
     fields = [*wanted, *OPTIONAL.get(task, ())]
     return {field: columns[field] for field in fields if field in columns}
+
+
+def _raw_texts(row: dict[str, Any], renamed: dict[str, str]) -> list[str]:
+    """Columns of raw text; none where the row has words already."""
+    if {renamed.get("words", "words"), *INPUTS["tagging"]["words"]} & set(row):
+        return []
+    return [name for name in TEXT if name in row]
 
 
 def _named(task: str, row: dict[str, Any], renamed: dict[str, str], place: str, labelled: bool) -> dict[str, str]:

@@ -26,6 +26,11 @@ class TaggedWords:
 
 
 @dataclass(frozen=True)
+class SplitText(TaggedWords):
+    """The words that a raw text was split into, to be predicted."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """An answer as it stands in the context, and the character where it starts."""
 

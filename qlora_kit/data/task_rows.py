@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+import numpy as np
+from qlora_runtime.words import split_words
 
 from qlora_kit.data.examples import RowError
 from qlora_kit.data.task_columns import Cells
-from qlora_kit.data.task_examples import Answer, LabelledText, QuestionOnText, SourceTarget, TaggedWords
+from qlora_kit.data.task_examples import Answer, LabelledText, QuestionOnText, SourceTarget, SplitText, TaggedWords
 from qlora_kit.data.task_labels import check_label, label_name
 from qlora_kit.task_settings import (
     ClassificationSettings,
     QuestionAnsweringSettings,
     TaggingSettings,
 )
+
+MOST = float(np.finfo(np.float32).max)
+"""The largest label of regression, which is trained in float32."""
 
 
 def classified(cells: Cells, settings: ClassificationSettings, labelled: bool) -> LabelledText:
@@ -41,11 +46,14 @@ def rated(cells: Cells, labelled: bool) -> LabelledText:
 
 
 def tagged(cells: Cells, settings: TaggingSettings, labelled: bool) -> tuple[TaggedWords, int]:
-    """The words of a sentence with their tags, and how many tags were repaired.
+    """The words of a sentence with their tags, and how many tags were repaired. A raw text that is only to be tagged is
+    split into words as bundles split it.
 
     Raises:
         RowError: words and tags are no lists of one length, a word is empty, or a tag unknown or out of place.
     """
+    if not labelled and isinstance(cells.get("words"), str):
+        return SplitText(tuple(word.text for word in split_words(cells.text("words"))), None), 0
     words = _list(cells, "words")
     for k, word in enumerate(words):
         if not isinstance(word, str) or not word.strip():
@@ -115,16 +123,18 @@ def _several_labels(cells: Cells, settings: ClassificationSettings) -> tuple[str
 
 
 def _number(value: Any, column: str) -> float:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
     try:
-        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+        number = float(value) if plain or (isinstance(value, str) and "_" not in value) else None
     except (ValueError, OverflowError):
         number = None
     if number is None:
         raise RowError(
             f"{column} is no number", reason=f"{column} no number", got=value, allowed="a number such as 3.5"
         )
-    if not math.isfinite(number):
-        raise RowError(f"{column} is not finite", reason=f"{column} not finite", got=value)
+    if not abs(number) <= MOST:
+        allowed = f"numbers of float32: -{MOST:.4g} to {MOST:.4g}"
+        raise RowError(f"{column} is not finite", reason=f"{column} not finite", got=value, allowed=allowed)
     return number
 
 

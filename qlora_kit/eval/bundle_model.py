@@ -36,11 +36,12 @@ class BundleModel(nn.Module):
 
     def __init__(self, folder: Path, task: str, labels: list[str]) -> None:
         super().__init__()
-        self.folder, self.config = folder, SimpleNamespace(dtype=torch.float32)
+        self.folder = folder
         try:
             self.bundle = TaskBundle.open(folder)
         except BundleError as error:
             raise EvalError(f"{folder}: {error}", fix="Export again") from error
+        self.config = SimpleNamespace(dtype=torch.float32, max_position_embeddings=self.bundle.task.max_seq_len)
         found = self.bundle.task.type, list(getattr(self.bundle.task, "labels", labels))
         if found != (task, labels):
             raise EvalError(f"{folder} is of another task", got=found, allowed=f"{task} {labels}", fix="Export again")

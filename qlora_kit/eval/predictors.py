@@ -17,6 +17,7 @@ from qlora_kit.eval.run import find_forms
 from qlora_kit.eval.scorers import BundleScorer, Scorer, TorchScorer
 from qlora_kit.eval.task_form import TaskForm
 from qlora_kit.eval.task_forms import find_task_forms
+from qlora_kit.eval.task_readers import fitted
 from qlora_kit.eval.task_rows import TaskRow
 from qlora_kit.eval.task_run import check_forms
 from qlora_kit.generate import context_length
@@ -72,7 +73,7 @@ class TaskPredictor:
     """Any task but causal language modelling."""
 
     def __init__(self, form: TaskForm, section: DataSection, source: DataSource) -> None:
-        self.form, self.section, self.path = form, section, source.path
+        self.form, self.section, self.path = form, fitted(section, form.model), source.path
         self.columns = form.reader.columns
         self.parser: Parser = TaskRowParser(form.task.settings, section, source, labelled=False)
 
@@ -81,7 +82,7 @@ class TaskPredictor:
 
     def read(self, number: int, row: dict[str, Any]) -> TaskRow:
         example = self.parser.parse(number, row)
-        windows = self.form.task.encode(self.form.reader.blank(example), self.form.tokenizer, self.section)
+        windows = self.form.task.encode_whole(self.form.reader.blank(example), self.form.tokenizer, self.section)
         return TaskRow(example, windows, f"{self.path} row {number}")
 
     def answer(self, rows: Sequence[TaskRow]) -> list[dict[str, Any]]:

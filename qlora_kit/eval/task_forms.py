@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from qlora_kit.eval.bundle_model import BundleModel
 from qlora_kit.eval.generating_form import GeneratingForm, TextReader
 from qlora_kit.eval.task_form import TaskForm
-from qlora_kit.eval.task_readers import reader_of
+from qlora_kit.eval.task_readers import fitted, reader_of
 from qlora_kit.export.bundle import REJECTED
 from qlora_kit.model.load import to_reference
 from qlora_kit.train.restore import best_device, load_run_base, load_run_tokenizer, load_tuned, run_task
@@ -29,12 +29,13 @@ def find_task_forms(run: RunFolder, batch_size: int | None = None) -> dict[str, 
     """
     recipe, device, task = run.recipe(), best_device(), run_task(run)
     tokenizer = load_run_tokenizer(run)
-    reader, size = reader_of(task, tokenizer, recipe.data), batch_size or recipe.eval.batch_size
+    size = batch_size or recipe.eval.batch_size
 
     def form(load: Callable[[], PreTrainedModel]) -> Callable[[], TaskForm]:
         def opened() -> TaskForm:
             model = load()
             model = to_reference(model) if recipe.eval.dtype == "fp32" else model
+            reader = reader_of(task, tokenizer, fitted(recipe.data, model))
             if isinstance(reader, TextReader):
                 return GeneratingForm(model, task, tokenizer, reader, size, recipe.eval.max_new_tokens)
             return TaskForm(model, task, tokenizer, reader, size)
@@ -51,7 +52,8 @@ def find_task_forms(run: RunFolder, batch_size: int | None = None) -> dict[str, 
 
     def bundle(folder: Path) -> Callable[[], TaskForm]:
         def opened() -> TaskForm:
-            return TaskForm(BundleModel(folder, task.settings.type, task.labels), task, tokenizer, reader, size)
+            model = BundleModel(folder, task.settings.type, task.labels)
+            return TaskForm(model, task, tokenizer, reader_of(task, tokenizer, fitted(recipe.data, model)), size)
 
         return opened
 

@@ -10,8 +10,14 @@ from qlora_kit.errors import EvalError
 from qlora_kit.eval.generating_form import TextReader
 from qlora_kit.eval.task_answers import AnswerReader, LabelReader, LabelsReader, NumberReader
 from qlora_kit.eval.token_answers import SpanReader, TagReader
+from qlora_kit.export.task_proof import context_length
 from qlora_kit.recipe import DataSection
 from qlora_kit.tasks.task import Task
+
+
+def fitted(section: DataSection, model: Any) -> DataSection:
+    """The section with no more tokens of a row than the model has positions for: what a bundle reads at once."""
+    return section.model_copy(update={"max_seq_len": min(section.max_seq_len, context_length(model))})
 
 
 def reader_of(task: Task[Any], tokenizer: PreTrainedTokenizerBase, section: DataSection) -> AnswerReader:

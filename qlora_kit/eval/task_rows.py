@@ -56,10 +56,12 @@ def held_out_task_rows(
     wanted = [(firsts[k].source, firsts[k].row) for k in sample_of(firsts, max_rows, seed)]
     examples = _examples(section, task, wanted)
     paths = [source.path for source in _sources(section)]
-    return [
-        TaskRow(examples[source, row], _once(windows[source, row]), f"{paths[source]} row {row}")
-        for source, row in wanted
-    ]
+    rows = []
+    for place in wanted:
+        example, cut = examples[place], any(row.truncated for row in windows[place])
+        found = task.encode_whole(example, tokenizer, section) if cut else _once(windows[place])
+        rows.append(TaskRow(example, found, f"{paths[place[0]]} row {place[1]}"))
+    return rows
 
 
 def _once(windows: list[Encoded]) -> list[Encoded]:

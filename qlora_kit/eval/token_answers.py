@@ -12,6 +12,7 @@ from qlora_runtime.words import NO_TOKEN, bio_spans
 from transformers import PreTrainedTokenizerBase
 
 from qlora_kit.data.masking import Encoded
+from qlora_kit.data.task_examples import SplitText
 from qlora_kit.errors import EvalError
 from qlora_kit.eval.task_answers import AnswerReader, Piece, TaskAnswer, rounded
 from qlora_kit.recipe import DataSection
@@ -21,14 +22,14 @@ from qlora_kit.tasks.task import Task
 
 
 class TagReader(AnswerReader):
-    """A tag a word, from its first token; O (or the first label) for words that were cut off or have no token."""
+    """A tag a word, from its first token in the window that holds it; O (or the first label) for words without one."""
 
     def __init__(self, task: Task[Any], tokenizer: PreTrainedTokenizerBase, section: DataSection) -> None:
         super().__init__(task)
         self.words = word_encoder(tokenizer, section.max_seq_len)
         self.unread = "O" if "O" in self.labels else self.labels[0]
         self.bio = task.settings.scheme == "bio"
-        self.columns = ["predicted_tags", *(["predicted_spans"] if self.bio else [])]
+        self.columns = ["predicted_words", "predicted_tags", *(["predicted_spans"] if self.bio else [])]
 
     def blank(self, example: Any) -> Any:
         return replace(example, tags=(self.labels[0],) * len(example.words))
@@ -42,12 +43,13 @@ class TagReader(AnswerReader):
 
     def answer(self, example: Any, windows: Sequence[Encoded], pieces: Sequence[Piece]) -> TaskAnswer:
         tags = [self.unread] * len(example.words)
-        for encoded, logits in zip(self.words.encode(example.words), pieces):
+        for encoded, logits in zip(self.words.encode(example.words), pieces, strict=True):
             best = logits.argmax(-1)  # [tokens]
             for word, place in enumerate(encoded.places, encoded.first_word):
                 if place != NO_TOKEN and place < len(best):
                     tags[word] = self.labels[int(best[place])]
-        columns: dict[str, Any] = {"predicted_tags": tags}
+        columns: dict[str, Any] = {"predicted_words": list(example.words)} if isinstance(example, SplitText) else {}
+        columns["predicted_tags"] = tags
         if self.bio:
             columns["predicted_spans"] = [
                 {"type": span.type, "start": span.start, "end": span.end, "words": example.words[span.start : span.end]}

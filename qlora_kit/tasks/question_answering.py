@@ -13,11 +13,12 @@ from qlora_runtime.errors import PromptTooLongError
 from qlora_runtime.windows import NULL, QuestionWindows, Window
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from qlora_kit.data.examples import RowError
 from qlora_kit.data.masking import Encoded
 from qlora_kit.data.task_examples import Answer, QuestionOnText
-from qlora_kit.errors import DataError
+from qlora_kit.errors import DataError, ModelError
 from qlora_kit.recipe import DataSection
 from qlora_kit.task_settings import QuestionAnsweringSettings
 from qlora_kit.tasks.encoding import backend, second_text
@@ -32,6 +33,16 @@ class QuestionAnswering(Task[QuestionAnsweringSettings]):
     """
 
     auto_class = "AutoModelForQuestionAnswering"
+
+    def check_base(self, model_type: str) -> None:
+        """Raises ModelError for a decoder: it writes no [CLS], and reads a question without what follows it."""
+        if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            raise ModelError(
+                "task.type question_answering cannot be taught to a decoder",
+                got=model_type,
+                allowed="encoders such as BERT, RoBERTa, DistilBERT, ModernBERT",
+                fix="Take such a base, or task.type: causal_lm with the answer as completion",
+            )
 
     def encode(
         self, example: QuestionOnText, tokenizer: PreTrainedTokenizerBase, section: DataSection

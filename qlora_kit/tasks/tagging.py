@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -33,20 +34,30 @@ class Tagging(Task[TaggingSettings]):
     def encode(self, example: TaggedWords, tokenizer: PreTrainedTokenizerBase, section: DataSection) -> list[Encoded]:
         """One row; of a sentence that is cut, the whole words that fit."""
         limit = section.max_seq_len
-        ids = self.label_ids(example, "tag")
-        row = word_encoder(tokenizer, WHOLE).encode(example.words)[0]
-        cut = len(row.input_ids) > limit
-        if cut and section.overlong != "truncate":
-            raise overlong(len(row.input_ids), limit)
-        if cut:
-            row = word_encoder(tokenizer, limit).encode(example.words)[0]
-        labels = np.full(len(row.input_ids), IGNORED, dtype=np.int32)
-        for place, tag in zip(row.places, ids):
-            if place != NO_TOKEN:
-                labels[place] = tag
-        if (labels == IGNORED).all():
-            raise RowError("the tokenizer makes nothing of these words", reason="no token", got=example.words)
-        return [Encoded(row.input_ids.astype(np.int32), labels, truncated=cut)]
+        tokens = len(word_encoder(tokenizer, WHOLE).encode(example.words)[0].input_ids)
+        if tokens > limit and section.overlong != "truncate":
+            raise overlong(tokens, limit)
+        row = self._windows(example, tokenizer, limit)[0]
+        _require_labels([row], example)
+        return [replace(row, truncated=tokens > limit)]
+
+    def encode_whole(
+        self, example: TaggedWords, tokenizer: PreTrainedTokenizerBase, section: DataSection
+    ) -> list[Encoded]:
+        """All windows of a long sentence, cut between words as the runtime cuts it, whatever data.overlong."""
+        rows = self._windows(example, tokenizer, section.max_seq_len)
+        _require_labels(rows, example)
+        return rows
+
+    def _windows(self, example: TaggedWords, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Encoded]:
+        ids, rows = self.label_ids(example, "tag"), []
+        for row in word_encoder(tokenizer, limit).encode(example.words):
+            labels = np.full(len(row.input_ids), IGNORED, dtype=np.int32)
+            for place, tag in zip(row.places, ids[row.first_word :]):
+                if place != NO_TOKEN:
+                    labels[place] = tag
+            rows.append(Encoded(row.input_ids.astype(np.int32), labels))
+        return rows
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return label_losses(model(**without_labels(batch)).logits, batch["labels"])
@@ -62,6 +73,11 @@ class Tagging(Task[TaggingSettings]):
         words = [tokenizer.decode(part, skip_special_tokens=True).strip() for part in parts]
         tags = [self.labels[row.labels[start]] for start in starts[:-1]]
         return " ".join(word if tag == "O" else f"{word}⟦{tag}⟧" for word, tag in zip(words, tags))
+
+
+def _require_labels(rows: list[Encoded], example: TaggedWords) -> None:
+    if all((row.labels == IGNORED).all() for row in rows):
+        raise RowError("the tokenizer makes nothing of these words", reason="no token", got=example.words)
 
 
 @lru_cache(maxsize=4)

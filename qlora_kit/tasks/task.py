@@ -57,6 +57,14 @@ class Task(Generic[S]):
         """
         raise NotImplementedError
 
+    def encode_whole(self, example: Any, tokenizer: PreTrainedTokenizerBase, section: DataSection) -> list[Encoded]:
+        """The example as it is evaluated and predicted: where the task can, all windows of one that `encode` cuts.
+
+        Raises:
+            RowError: it cannot be used.
+        """
+        return self.encode(example, tokenizer, section)
+
     def label_ids(self, example: Any, column: str = "label") -> list[int]:
         """The outputs that an example's labels mean, in the example's order.
 
@@ -105,6 +113,9 @@ class Task(Generic[S]):
         """A row for people to read: its text or file, and what is to be said of it."""
         said = [self.labels[k] for k in row.labels] if self.labels else [tokenizer.decode(row.labels)]
         return f"{row.file or tokenizer.decode(row.input_ids)}\n→ {', '.join(said)}"
+
+    def check_base(self, model_type: str) -> None:
+        """Raises a ModelError, before anything is loaded, for a kind of base that the task cannot be taught."""
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises a DataError or ModelError where the task and this model, its adapter in it, do not go together."""

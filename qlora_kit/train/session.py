@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.adapters.inject import trainable_parameters
 from qlora_kit.adapters.method import Method
@@ -124,6 +124,7 @@ def start_session(recipe: Recipe, run: RunFolder, resume: bool = False) -> Sessi
         source = find_base(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
         tokenizer = prepared_tokenizer(recipe, source.folder)
         task = prepare_task(recipe.task, recipe.data)
+        task.check_base(PretrainedConfig.get_config_dict(source.folder)[0].get("model_type", ""))
         data = prepare(recipe.data, tokenizer, recipe.run.seed, task)
     total_steps = count_steps(recipe, data, accelerator.num_processes)
     check_growth(recipe.adapter, total_steps)

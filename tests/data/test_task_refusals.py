@@ -38,8 +38,8 @@ TAGGING = [
     ({"words": ["a", " "], "tags": ["O", "O"]}, {}, r"words\[1\] is no word \(got ' '\)"),
     ({"words": ["a", 5], "tags": ["O", "O"]}, {}, r"words\[1\] is no word \(got 5\)"),
     ({"words": ["a"], "tags": [3]}, {}, r"tags\[0\] is the number 3, which has no name.*task\.labels"),
-    ({"words": ["a"], "tags": [3]}, {"labels": ["O", "B-X"]}, r"tags\[0\] is 3, no index into task\.labels"),
-    ({"words": ["a"], "tags": ["B-Y"]}, {"labels": ["O", "B-X"]}, r"tags\[0\] has 'B-Y'.*Did you mean 'B-X'"),
+    ({"words": ["a"], "tags": [3]}, {"labels": ["O", "B-X", "I-X"]}, r"tags\[0\] is 3, no index into task\.labels"),
+    ({"words": ["a"], "tags": ["B-Y"]}, {"labels": ["O", "B-X", "I-X"]}, r"tags\[0\] has 'B-Y'.*Did you mean 'B-X'"),
     ({"words": ["a"], "tags": ["NN"]}, {}, r"tags\[0\] of 'a' is no BIO tag \(got 'NN'\).*task\.scheme: plain"),
     ({"words": ["a"], "tags": ["S-X"]}, {}, r"is no BIO tag \(got 'S-X'\)"),
     ({"words": ["a"], "tags": ["B-"]}, {}, r"is no BIO tag \(got 'B-'\)"),
@@ -48,6 +48,13 @@ TAGGING = [
     ({"words": ["a"], "tags": [None]}, {}, r"tags\[0\] is NoneType, not a label"),
 ]
 REGRESSION: list[Any] = [
+    (
+        {"text": "t", "label": 1e39},
+        {},
+        r"label is not finite \(got 1e\+39\)\. Allowed: numbers of float32: -3\.403e\+38",
+    ),
+    ({"text": "t", "label": "-1e39"}, {}, r"label is not finite \(got '-1e39'\)"),
+    ({"text": "t", "label": "1_000"}, {}, r"label is no number \(got '1_000'\)"),
     ({"text": "t", "label": "many"}, {}, r"label is no number \(got 'many'\)"),
     ({"text": "t", "label": "1,5"}, {}, r"label is no number \(got '1,5'\)"),
     ({"text": "t", "label": True}, {}, r"label is no number \(got True\)"),

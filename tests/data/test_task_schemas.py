@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from task_rows import examples_of, parser
 
-from qlora_kit.data.task_examples import Answer, LabelledText, QuestionOnText, SourceTarget, TaggedWords
+from qlora_kit.data.task_examples import Answer, LabelledText, QuestionOnText, SourceTarget, SplitText, TaggedWords
 from qlora_kit.task_settings import TASKS
+
+RAW = ("Anna's", "boats", ",", "in", "Porto-Sul", ".")
 
 
 def parse(row: Any, task: str, **fields: Any) -> Any:
@@ -73,7 +75,7 @@ def test_regression(value: Any, number: Any) -> None:
     ("row", "fields", "tags"),
     [
         ({"words": ["a", "b"], "tags": ["B-X", "I-X"]}, {}, ("B-X", "I-X")),
-        ({"tokens": ["a", "b"], "ner_tags": [1, 0]}, {"labels": ["O", "B-X"]}, ("B-X", "O")),
+        ({"tokens": ["a", "b"], "ner_tags": [1, 0]}, {"labels": ["O", "B-X", "I-X"]}, ("B-X", "O")),
         ({"tokens": ["a", "b"], "labels": ["NN", "I-x"]}, {"scheme": "plain"}, ("NN", "I-x")),
     ],
 )
@@ -145,6 +147,9 @@ def test_a_named_text_is_no_pair() -> None:
         ("classification", {"text": "t", "label": None}, LabelledText("t", None, None)),
         ("regression", {"text": "t", "score": "?"}, LabelledText("t", None, None)),
         ("tagging", {"words": ["a"]}, TaggedWords(("a",), None)),
+        ("tagging", {"tokens": ["a"], "review": "b"}, TaggedWords(("a",), None)),
+        ("tagging", {"text": "Anna's boats, in Porto-Sul."}, SplitText(RAW, None)),
+        ("tagging", {"id": 1, "words": "Anna's boats, in Porto-Sul."}, SplitText(RAW, None)),
         ("question_answering", {"id": 3, "question": "q?", "context": "c"}, QuestionOnText("q?", "c", (), "3")),
         ("seq2seq", {"source": "s"}, SourceTarget("s", None)),
         ("seq2seq", {"translation": {"en": "s"}}, SourceTarget("s", None)),

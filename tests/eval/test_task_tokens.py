@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from qlora_runtime.task_bundle import TaskBundle
 from rich.console import Console
 from sacrebleu.metrics import BLEU
 from seqeval.metrics import classification_report
@@ -68,13 +69,53 @@ def test_tags_and_spans(tmp_path: Path, tiny_bert: Path, capsys: pytest.CaptureF
             assert row["words"][span["start"] : span["end"]] == span["words"]
 
 
-def test_words_that_are_cut_off_count_as_missed(tmp_path: Path, tiny_bert: Path) -> None:
+@pytest.mark.parametrize("overlong", ["truncate", "error"])
+def test_a_long_sentence_is_tagged_whole_as_its_bundle_does(tmp_path: Path, tiny_bert: Path, overlong: str) -> None:
     rows = task_rows("tagging", 30)
-    data = {"max_seq_len": 12, "overlong": "truncate"}
-    run = train_task(tmp_path, tiny_bert, {"type": "tagging"}, rows[:20], rows[20:], data=data)
-    results = evaluate_run(run, QUIET, ["tuned"])
-    for row, tags in zip(rows[20:], answers_of(results), strict=True):
-        assert len(tags) == len(row["words"]) and tags[10:] == ["O"] * len(tags[10:])
+    long = [{name: cells * 6 for name, cells in row.items()} for row in rows[20:]]
+    data = {"max_seq_len": 28, "overlong": overlong}
+    held_out = long if overlong == "truncate" else rows[20:]
+    run = train_task(
+        tmp_path, tiny_bert, {"type": "tagging"}, rows[:20], held_out, data=data, train={"max_steps": 60, "lr": 0.01}
+    )
+    found = [row["predicted_tags"] for row in predicted(run, [{"words": row["words"]} for row in long])]
+    assert any(set(tags[26:]) - {"O"} for tags in found), "words behind the first window have tags of their own"
+    export_run(run, QUIET, ["fp32"])
+    bundle = TaskBundle.open(run.bundles / "fp32")
+    assert found == [list(tagged.tags) for tagged in bundle.tag([row["words"] for row in long])]
+    if overlong == "truncate":
+        results = evaluate_run(run, QUIET, ["tuned", "bundle_fp32"])
+        assert answers_of(results) == answers_of(results, "bundle_fp32") == found
+        assert results.forms["tuned"].per_row.loss_tokens == [len(row["words"]) for row in long]
+
+
+def test_a_sentence_longer_than_the_models_positions(tmp_path: Path, tiny_bert: Path) -> None:
+    rows = task_rows("tagging", 30)
+    run = train_task(tmp_path, tiny_bert, {"type": "tagging"}, rows[:20], rows[20:], data={"max_seq_len": 1024})
+    words = rows[20]["words"] * 30
+    [found] = predicted(run, [{"words": words}])
+    export_run(run, QUIET, ["fp32"])
+    [tagged] = TaskBundle.open(run.bundles / "fp32").tag([words])
+    assert found["predicted_tags"] == list(tagged.tags)
+    assert predicted(run, [{"words": words}], "bundle_fp32") == [found]
+
+
+def test_raw_texts_of_a_csv_are_tagged_as_the_bundle_tags_them(tmp_path: Path, tiny_bert: Path) -> None:
+    rows = task_rows("tagging", 30)
+    run = train_task(
+        tmp_path, tiny_bert, {"type": "tagging"}, rows[:20], rows[20:], data={"columns": {"words": "words"}}
+    )
+    texts = ["Anna sold boats, in Lisbon.", "She counted: seven!"]
+    (tmp_path / "asked.csv").write_text("n,text\n" + "".join(f'{k},"{text}"\n' for k, text in enumerate(texts)))
+    predict(run, str(tmp_path / "asked.csv"), tmp_path / "out.jsonl", QUIET)
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    export_run(run, QUIET, ["fp32"])
+    for row, tagged in zip(found, TaskBundle.open(run.bundles / "fp32").tag(texts), strict=True):
+        assert row["predicted_words"] == [word.text for word in tagged.words]
+        assert row["predicted_tags"] == list(tagged.tags)
+        assert [(span["type"], "".join(span["words"])) for span in row["predicted_spans"]] == [
+            (span.type, span.text.replace(" ", "")) for span in tagged.spans
+        ]
 
 
 def test_plain_tags(tmp_path: Path, tiny_bert: Path) -> None:

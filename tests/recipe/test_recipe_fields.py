@@ -190,6 +190,38 @@ def test_unknown_keys_of_a_source_get_a_hint() -> None:
     assert "data.train.0.wieght: unknown key" in message and "did you mean weight?" in message
 
 
+@pytest.mark.parametrize("task", ["classification", "tagging", "image_classification"])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a"], r"task\.labels: got \['a'\]; give at least two, each once"),
+        (["a", "a", "b"], r"task\.labels: got \['a', 'a', 'b'\]; give at least two, each once"),
+        ([" a", "a"], r"task\.labels: got \[' a', 'a'\]; give names without white space around them"),
+        (["a", " "], r"give names without white space around them"),
+    ],
+)
+def test_labels_of_a_task(task: str, labels: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TASKS[task].model_validate({"labels": labels})
+    assert TASKS[task].model_validate({"labels": ["b", "a"]} | ({"scheme": "plain"} if task == "tagging" else {}))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["O", "O"], r"give at least two, each once"),
+        (["O"], r"give at least two, each once"),
+        (["PER", "LOC"], r"PER, LOC are no BIO tags; give O, B-TYPE and I-TYPE, or with task\.scheme: plain any names"),
+        (["O", "B-"], r"B- are no BIO tags"),
+        (["O", "B-PER"], r"task\.labels lacks I-PER; give O, and both B-TYPE and I-TYPE of each type"),
+        (["B-PER", "I-PER", "I-LOC"], r"task\.labels lacks B-LOC, O; give O"),
+    ],
+)
+def test_bio_labels(labels: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TASKS["tagging"].model_validate({"labels": labels})
+
+
 def test_every_field_is_described() -> None:
     unions = ("adapter", "task")
     sections: list[Any] = [field.annotation for name, field in Recipe.model_fields.items() if name not in unions]

@@ -109,6 +109,18 @@ def test_a_sentence_is_cut_between_words() -> None:
         own.encode(TaggedWords(WORDS, ("O",) * 6), tokenizer, section(max_seq_len=second_word + 2, overlong="error"))
 
 
+def test_all_windows_of_a_sentence_are_evaluated() -> None:
+    tokenizer, own, example = tiny_wordpiece(), task("tagging", TAGS), TaggedWords(WORDS, ("B-PER", *["O"] * 5))
+    whole = own.encode(example, tokenizer, section())[0]
+    rows = own.encode_whole(example, tokenizer, section(max_seq_len=16, overlong="error"))
+    assert len(rows) > 1 and all(len(row.input_ids) <= 16 for row in rows)
+    for part in ("input_ids", "labels"):
+        inner = [getattr(row, part)[1:-1] for row in rows]  # without [CLS] and [SEP]
+        assert np.concatenate(inner).tolist() == getattr(whole, part)[1:-1].tolist()
+    [first] = own.encode(example, tokenizer, section(max_seq_len=16, overlong="truncate"))
+    assert first.input_ids.tolist() == rows[0].input_ids.tolist() and first.truncated
+
+
 def test_a_word_longer_than_a_row_is_cut_too() -> None:
     long = TaggedWords(("riverriverriver" * 2,), ("B-PER",))
     row = task("tagging", TAGS).encode(long, tiny_wordpiece(), section(max_seq_len=8, overlong="truncate"))[0]

@@ -9,13 +9,14 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny_encoders import save_tiny_encoder, task_recipe, train_losses, trained
+from tiny_models import save_tiny_model
 from tiny_run import killed_after
 from torch import Tensor, nn
 
 from qlora_kit.adapters.inject import adapted_layers, trainable_parameters
 from qlora_kit.adapters.peft_format import load_adapter
 from qlora_kit.data.dataset import prepare
-from qlora_kit.errors import DataError
+from qlora_kit.errors import DataError, ModelError
 from qlora_kit.model.load import load_base
 from qlora_kit.model.quantized import QuantizedLinear
 from qlora_kit.model.source import find_base
@@ -170,3 +171,12 @@ def test_targets_longer_than_the_decoder_are_refused(tmp_path: Path, models: dic
     task = {"type": "seq2seq", "max_target_len": 97}
     with pytest.raises(DataError, match=r"task.max_target_len is more than the model can say \(got 97\).*2 to 96"):
         trained(task_recipe(tmp_path, models["bart"], task))
+
+
+def test_decoders_are_refused_for_questions(tmp_path: Path) -> None:
+    llama = save_tiny_model(tmp_path / "llama")
+    message = (
+        r"question_answering cannot be taught to a decoder \(got 'llama'\)\. Allowed: encoders such as BERT.*Take such"
+    )
+    with pytest.raises(ModelError, match=message):
+        trained(task_recipe(tmp_path, llama, SETTINGS["question_answering"]))

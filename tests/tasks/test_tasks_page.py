@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from qlora_kit.eval.task_scores import texts
 from qlora_kit.recipe_file import parse_recipe
 from qlora_kit.task_settings import TASKS
 from qlora_kit.tasks.registry import TASK_CLASSES
@@ -25,3 +26,10 @@ def test_every_task_has_its_recipe() -> None:
 def test_the_table_names_the_auto_class_of_every_task() -> None:
     for name, task in TASK_CLASSES.items():
         assert re.search(rf"^\| `{name}` \| {task.auto_class.removeprefix('AutoModelFor')}\b", PAGE, flags=re.MULTILINE)
+
+
+def test_the_table_names_the_scores_of_translations() -> None:
+    [cells] = re.findall(r"^\| `seq2seq` \|.*\| ([^|]+) \|$", PAGE, flags=re.MULTILINE)
+    said = {name.lower().replace(" ", "_") for name in cells.split(", ")}
+    found = texts(["a"], ["a"]).scores
+    assert said == {"rouge" if name.startswith("rouge") else name for name in found}
