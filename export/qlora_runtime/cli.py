@@ -130,9 +130,9 @@ def _add_task_verb(verbs: Any, name: str, about: str, *fields: str) -> None:
     parser = _verb(verbs, name, run, about)
     for field in fields:
         parser.add_argument(f"--{field}", metavar="TEXT")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="rows, .csv or .jsonl")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="rows, .csv, .tsv or .jsonl")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help=".csv or .jsonl (default: lines to stdout)"
+        "-o", "--output", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl (default: lines to stdout)"
     )
     parser.add_argument(
         "--column",

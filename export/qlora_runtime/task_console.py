@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import tee
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_runtime.atomic import atomic_file
@@ -14,7 +15,7 @@ from qlora_runtime.spans import Answer
 from qlora_runtime.tagged import Sentence, Tagged
 from qlora_runtime.task import ClassificationTask
 from qlora_runtime.task_bundle import TaskBundle
-from qlora_runtime.task_rows import CSV, Row, RowWriter, check_ending, read_rows
+from qlora_runtime.task_rows import JSONL, Row, RowWriter, check_writable, ending_of, read_rows
 from qlora_runtime.texts import Classified, Rated, Text
 
 PlacedRow = tuple[str, Row]  # FILE, line N; the row
@@ -31,7 +32,9 @@ def run_task_verb(options: argparse.Namespace, verb: str) -> None:
     columns = _columns(options.column)
     for path in (options.input, options.output):
         if path is not None:
-            check_ending(path)
+            ending_of(path)
+    if options.input is not None and options.output is not None and _same(options.input, options.output):
+        raise ArgumentError(f"{options.output} is the input. Give another --output.")
     bundle = TaskBundle.open(options.bundle, check_hashes=not options.no_hashes, threads=options.threads)
     warn_unverified(bundle.manifest)
     rows = (
@@ -41,20 +44,46 @@ def run_task_verb(options: argparse.Namespace, verb: str) -> None:
     )
     answers = answer_rows(bundle, verb, rows, columns, options.batch_size)
     if options.output is None:
-        _write(answers, sys.stdout.buffer, as_csv=False)
+        _write(answers, sys.stdout.buffer, JSONL)
         return
     with atomic_file(options.output) as file:
-        _write(answers, file, as_csv=options.output.suffix == CSV)
+        _write(answers, file, ending_of(options.output))
 
 
 def answer_rows(
     bundle: TaskBundle, verb: str, rows: Iterable[PlacedRow], columns: Columns, batch_size: int
 ) -> Iterator[Row]:
-    """Each row with the answer's own columns behind its own, in order, one at a time."""
+    """Each row with the answer's own columns behind its own, in order, one at a time.
+
+    Raises:
+        ArgumentError: while running, for a row that cannot be asked about, or has a column of the answer.
+    """
     read, ask, tell = _KINDS[verb]
+
+    def checked(place: str, row: Row) -> Any:
+        _check_free(bundle, verb, place, row, columns)
+        check_writable(place, row)
+        return read(place, row, columns)
+
     kept, asked = tee(rows)  # as far apart as the batches that are read ahead
-    found = ask(bundle, (read(place, row, columns) for place, row in asked), batch_size)
+    found = ask(bundle, (checked(place, row) for place, row in asked), batch_size)
     return ({**row, **tell(bundle, answer)} for (_, row), answer in zip(kept, found, strict=True))
+
+
+def _same(first: Path, second: Path) -> bool:
+    return first.exists() and second.exists() and first.samefile(second)
+
+
+def _check_free(bundle: TaskBundle, verb: str, place: str, row: Row, columns: Columns) -> None:
+    answer = _ANSWERS[verb]
+    if isinstance(bundle.task, ClassificationTask):
+        answer = (*(("labels",) if bundle.task.multi_label else ("label", "probability")), *answer)
+    if verb == "tag" and columns.get("words", "words") == "words":
+        answer = answer[1:]  # these words are the row's own
+    if taken := [column for column in answer if column in row]:
+        raise ArgumentError(
+            f"{place}: the answer's columns {taken} are there already. Rename them in the input."
+        )
 
 
 def _columns(options: list[str]) -> Columns:
@@ -69,11 +98,10 @@ def _given(options: argparse.Namespace) -> Row:
     return {name: value for name in fields if (value := getattr(options, name, None)) is not None}
 
 
-def _write(rows: Iterable[Row], file: BinaryIO, as_csv: bool) -> None:
-    writer = RowWriter(file, as_csv)
+def _write(rows: Iterable[Row], file: BinaryIO, ending: str) -> None:
+    writer = RowWriter(file, ending)
     for row in rows:
         writer.write(row)
-    writer.close()
 
 
 def _text(place: str, row: Row, columns: Columns) -> Text:
@@ -87,6 +115,10 @@ def _sentence(place: str, row: Row, columns: Columns) -> Sentence:
         return _cell(place, row, columns, "text")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ArgumentError(f"{place}: words is {str(words)[:80]}, expected a list of words.")
+    if not words or not all(word.strip() for word in words):
+        raise ArgumentError(
+            f"{place}: words is {str(words)[:80]}, expected words that are not blank. Fill them."
+        )
     return words
 
 
@@ -102,6 +134,8 @@ def _cell(place: str, row: Row, columns: Columns, field: str) -> str:
             f"{column} is {str(value)[:80]}" if column in row else f"no column {column!r} among {list(row)}"
         )
         raise ArgumentError(f"{place}: {state}, expected text. Name the column with --column {field}=COLUMN.")
+    if not value.strip():
+        raise ArgumentError(f"{place}: {column} is blank, expected text. Fill it, or leave the row out.")
     return value
 
 
@@ -136,6 +170,12 @@ def _rounded(values: Iterable[float]) -> list[float]:
     return [round(value, 6) for value in values]
 
 
+_ANSWERS = {  # verb: the columns of its answer, besides those of labels
+    "classify": ("probabilities", "truncated"),
+    "rate": ("value", "truncated"),
+    "tag": ("words", "tags", "scores", "spans"),
+    "answer": ("answer", "start", "end", "score"),
+}
 Ask = Callable[[TaskBundle, Iterator[Any], int], Iterator[Any]]
 _KINDS: dict[str, tuple[Callable[[str, Row, Columns], Any], Ask, Callable[[TaskBundle, Any], Row]]] = {
     # verb: (what is asked, how, and how the answer is told)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from qlora_runtime.encoder import FloatArray, Int64Array
 from qlora_runtime.errors import ArgumentError
-from qlora_runtime.tokenizer import plain_copy
+from qlora_runtime.tokenizer import check_text, plain_copy
 
 Text = str | tuple[str, str]
 """A text, or a pair of texts."""
@@ -58,9 +58,10 @@ class TextEncoder:
         """The text as one row, cut where it is too long.
 
         Raises:
-            ArgumentError: the tokenizer makes nothing of it.
+            ArgumentError: the tokenizer makes nothing of it, or it holds half a surrogate pair.
         """
         first, second = text if isinstance(text, tuple) else (text, None)
+        check_text(first, second or "")
         encoding = self._tokenizer.encode(first, second)
         if not encoding.ids:
             raise ArgumentError(f"the text {first!r} has no tokens, at least one is expected.")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from qlora_runtime.errors import MissingFileError, TokenizerError
+from qlora_runtime.errors import ArgumentError, MissingFileError, TokenizerError
 
 _INCOMPLETE = (
     "\N{REPLACEMENT CHARACTER}"  # what decoding gives for the first bytes of an unfinished character
@@ -43,7 +43,12 @@ class TextTokenizer:
         return self._tokenizer
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Rendered chats carry their special tokens already: pass False for them."""
+        """Token ids of `text`. Rendered chats carry their special tokens already: pass False for them.
+
+        Raises:
+            ArgumentError: the text is none, see `check_text`.
+        """
+        check_text(text)
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -61,6 +66,20 @@ def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
     copy.no_truncation()
     copy.no_padding()
     return copy
+
+
+def check_text(*texts: str) -> None:
+    """Half a surrogate pair, which JSON's escapes can make, is no character: tokenizers and files refuse it.
+
+    Raises:
+        ArgumentError: a text holds one.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"{text[error.start]!a} at character {error.start}"
+            raise ArgumentError(f"the text holds half a surrogate pair ({half}). Mend the text.") from None
 
 
 class Detokenizer:

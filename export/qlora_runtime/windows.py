@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from qlora_runtime.errors import PromptTooLongError
-from qlora_runtime.tokenizer import plain_copy
+from qlora_runtime.tokenizer import check_text, plain_copy
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -59,7 +59,9 @@ class QuestionWindows:
 
         Raises:
             PromptTooLongError: the question leaves room for fewer than MIN_CONTEXT_TOKENS.
+            ArgumentError: the question or the context holds half a surrogate pair.
         """
+        check_text(question, context)
         question = question.strip()
         asked = len(self._tokenizer.encode(question, add_special_tokens=False).ids)
         room = self._max_seq_len - asked - self._tokenizer.num_special_tokens_to_add(True)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from qlora_runtime.errors import ArgumentError
-from qlora_runtime.tokenizer import plain_copy
+from qlora_runtime.tokenizer import check_text, plain_copy
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -78,10 +78,11 @@ class WordEncoder:
         """The sentence in one row; a longer one in several, cut between words.
 
         Raises:
-            ArgumentError: there are no words.
+            ArgumentError: there are no words, or one holds half a surrogate pair.
         """
         if not words:
             raise ArgumentError("a sentence without words, at least one is expected.")
+        check_text(*words)
         spaced = [self._before + word for word in words]
         whole = self._tokenizer.encode(spaced, is_pretokenized=True)
         if len(whole.ids) <= self._max_seq_len:

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qlora_runtime.tsv import tsv_quoting
+
 from qlora_kit.data.examples import RowError
 from qlora_kit.data.raw_rows import WHITE_SPACE, RawRow, existing, not_utf8, numbered_lines, text_file
 from qlora_kit.data.task_readers.choose import task_reader
@@ -167,15 +169,16 @@ def _json_rows(path: Path) -> Iterator[RawRow]:
 
 def _csv_rows(path: Path) -> Iterator[RawRow]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 128 KiB refuses long documents
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    is_tsv = path.suffix.lower() == ".tsv"
     try:
+        quoting = tsv_quoting(path) if is_tsv else csv.QUOTE_MINIMAL
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            reader = csv.reader(file, delimiter="\t" if is_tsv else ",", quoting=quoting, strict=True)
             header = _header(next(reader, []), path)
             start = reader.line_num + 1  # a quoted cell may span lines: a row is named by its first
             for cells in reader:
                 if cells:
-                    yield RawRow(start, _csv_value(header, cells))
+                    yield RawRow(start, _csv_value(header, cells, _TSV_FIX if is_tsv else _CSV_FIX))
                 start = reader.line_num + 1
     except UnicodeDecodeError:
         raise not_utf8(path) from None
@@ -190,14 +193,18 @@ def _header(cells: list[str], path: Path) -> list[str]:
     return cells
 
 
-def _csv_value(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
+_CSV_FIX = "Quote cells that hold the separator or a line break"
+_TSV_FIX = "Quote cells that hold tabs, each closed on its own line; texts with line breaks need .csv or .jsonl"
+
+
+def _csv_value(header: list[str], cells: list[str], fix: str) -> dict[str, Any] | RowError:
     if len(cells) == len(header):
         return dict(zip(header, cells))
     many = "too many" if len(cells) > len(header) else "too few"
     return RowError(
         f"{many} cells: {len(cells)}, where the header has {len(header)} ({', '.join(header)})",
         reason="wrong number of cells",
-        fix="Quote cells that hold the separator or a line break",
+        fix=fix,
     )
 
 

@@ -86,14 +86,32 @@ class Cells:
         """The text in a cell, which is more than white space.
 
         Raises:
-            RowError: it is missing, no text, or empty.
+            RowError: it is missing, no text, empty, or half a surrogate pair is in it.
         """
         value, column = self.value(field), self.name(field)
         if not isinstance(value, str):
             raise RowError(f"{column} is {type(value).__name__}, not text", reason=f"{column} not text", got=value)
         if not value.strip():
             raise RowError(f"{column} is empty", reason=f"empty {column}", fix="Fill it, or set data.bad_rows: skip")
+        check_characters(value, column)
         return value
+
+
+def check_characters(text: str, place: str) -> None:
+    """Half a surrogate pair, which JSON's escapes can make, is no character: tokenizers and files refuse it.
+
+    Raises:
+        RowError: the text holds one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"{place} holds half a surrogate pair",
+            reason="half a surrogate pair",
+            got=text[error.start],
+            fix="Mend the text, or set data.bad_rows: skip",
+        ) from None
 
 
 def find_columns(

@@ -8,7 +8,7 @@ import numpy as np
 from qlora_runtime.words import split_words
 
 from qlora_kit.data.examples import RowError
-from qlora_kit.data.task_columns import Cells
+from qlora_kit.data.task_columns import Cells, check_characters
 from qlora_kit.data.task_examples import Answer, LabelledText, QuestionOnText, SourceTarget, SplitText, TaggedWords
 from qlora_kit.data.task_labels import check_label, label_name
 from qlora_kit.task_settings import (
@@ -58,6 +58,7 @@ def tagged(cells: Cells, settings: TaggingSettings, labelled: bool) -> tuple[Tag
     for k, word in enumerate(words):
         if not isinstance(word, str) or not word.strip():
             raise RowError(f"{cells.name('words')}[{k}] is no word", reason="empty word", got=word)
+        check_characters(word, f"{cells.name('words')}[{k}]")
     if not labelled:
         return TaggedWords(tuple(words), None), 0
     column = cells.name("tags")

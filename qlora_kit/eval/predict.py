@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from qlora_kit.data.examples import RowError
 from qlora_kit.data.sources import fingerprint, read_rows
+from qlora_kit.data.task_columns import check_characters
 from qlora_kit.errors import EvalError
 from qlora_kit.eval.prediction_file import PredictionFile
 from qlora_kit.eval.predictors import Predictor, predictor_of
@@ -60,7 +62,8 @@ def predict(
         output: .csv or .jsonl; an existing one is gone on with.
         form: name of a form as `eval` has them.
         batch_size: instead of the recipe's eval.batch_size.
-        bad_rows: stop at a row that cannot be used, or leave it out and count it.
+        bad_rows: stop at a row that cannot be used, or leave it out and count it. `skip` goes on with a file that
+            stopped at such a row.
         overwrite: begin again.
 
     Raises:
@@ -74,7 +77,8 @@ def predict(
     made_by = {"input": fingerprint(source), "run": _trained(run), "form": form, "bad_rows": bad_rows}
     predictor = predictor_of(run, form, source, batch_size)
     done, group_rows = Predicted(), BATCHES_AT_ONCE * (batch_size or run.recipe().eval.batch_size)
-    with PredictionFile(output, made_by, overwrite) as file, predictor.ready():
+    stopped = {"bad_rows": "error"} if bad_rows == "skip" else {}  # before its first bad row: nothing is left out
+    with PredictionFile(output, made_by, overwrite, stopped) as file, predictor.ready():
         done.kept = file.rows
         seen = 0
         for group in _groups(_usable(source, predictor, bad_rows, done), group_rows):
@@ -105,6 +109,8 @@ def _usable(
                     got=taken,
                     fix="Rename it in the input",
                 )
+            for column, value in raw.value.items():
+                check_characters(json.dumps({column: value}, ensure_ascii=False, default=str), ascii(column))
             row = predictor.read(raw.number, raw.value)
         except RowError as error:
             if bad_rows == "error":

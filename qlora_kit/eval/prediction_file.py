@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO
 
 from qlora_kit.atomic import disk_error, write_json
@@ -18,7 +19,7 @@ ENDINGS = (".csv", ".jsonl")
 
 
 class PredictionFile:
-    """A .csv or .jsonl file, opened to append to it.
+    """A .csv or .jsonl file, opened to append to it. NaN and infinities are written as null.
 
     Beside it lies NAME.made-by.json: what the rows were made of, so that nothing else is appended to them.
 
@@ -29,12 +30,19 @@ class PredictionFile:
         path: the file.
         made_by: what its rows are made of (input, model); plain data.
         overwrite: begin again where the file exists.
+        also_from: {name: value} in which the makings of an existing file may differ; they are replaced.
 
     Raises:
         EvalError: another ending, no folder, or an existing file that is not of these makings or is damaged.
     """
 
-    def __init__(self, path: Path, made_by: dict[str, Any], overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        made_by: dict[str, Any],
+        overwrite: bool = False,
+        also_from: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         if path.suffix.lower() not in ENDINGS:
             raise EvalError(f"{path}: unknown ending for predictions", got=path.suffix, allowed=", ".join(ENDINGS))
         if not path.parent.is_dir():
@@ -44,11 +52,11 @@ class PredictionFile:
         self.header: list[str] | None = None
         self.rows = 0
         if path.exists() and not overwrite:
-            self._check(made_by)
+            self._check(made_by, also_from)
             self._keep_whole_rows()
         else:
             path.unlink(missing_ok=True)
-            write_json(self.made_by_file, made_by)
+        write_json(self.made_by_file, made_by)
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> PredictionFile:
@@ -81,10 +89,9 @@ class PredictionFile:
 
     def _csv(self, rows: Sequence[dict[str, Any]]) -> str:
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
         if self.header is None:
             self.header = list(rows[0])
-            writer.writerow(self.header)
+            _write(out, self.header)
         for number, row in enumerate(rows, self.rows + 1):
             if set(row) != set(self.header):
                 raise EvalError(
@@ -93,10 +100,10 @@ class PredictionFile:
                     allowed=", ".join(self.header),
                     fix="Write to a .jsonl file",
                 )
-            writer.writerow([_cell(row[column]) for column in self.header])
+            _write(out, [_cell(row[column]) for column in self.header])
         return out.getvalue()
 
-    def _check(self, made_by: dict[str, Any]) -> None:
+    def _check(self, made_by: dict[str, Any], also_from: Mapping[str, Any]) -> None:
         again = "Give another --output, or --overwrite to begin it again"
         try:
             before = json.loads(self.made_by_file.read_text(encoding="utf-8"))
@@ -106,7 +113,7 @@ class PredictionFile:
             raise EvalError(f"{self.made_by_file} is damaged: {error}", fix=again) from None
         for name, value in made_by.items():
             was = before.get(name) if isinstance(before, dict) else None
-            if was != value:
+            if was not in (value, also_from.get(name, value)):
                 raise EvalError(f"{self.path} belongs to another {name}", got=was, allowed=str(value), fix=again)
 
     def _keep_whole_rows(self) -> None:
@@ -127,11 +134,26 @@ class PredictionFile:
         self.rows = records
 
 
+def _write(out: io.StringIO, cells: list[str]) -> None:
+    torn = any("\r" in cell for cell in cells)  # a bare one ends a row for readers, but csv quotes none
+    csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_ALL if torn else csv.QUOTE_MINIMAL).writerow(cells)
+
+
 def _cell(value: Any) -> str:
+    value = _finite(value)
     if value is None:
         return ""
     return value if isinstance(value, str) else _json(value)
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -56,6 +56,19 @@ def test_tsv(tmp_path: Any) -> None:
     assert rows_of(path) == [(2, {"prompt": "a,b", "completion": "c"})]
 
 
+def test_tsv_with_and_without_quoting(tmp_path: Any) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('text\tlabel\n"Bad start\tneg\ngreat\tpos\nso he said: bye"\tneg\n"Best" film\tpos\n')
+    assert [(number, row["text"], row["label"]) for number, row in rows_of(path)] == [
+        (2, '"Bad start', "neg"),
+        (3, "great", "pos"),
+        (4, 'so he said: bye"', "neg"),
+        (5, '"Best" film', "pos"),
+    ]
+    path.write_text('text\tlabel\n"a\tb ""c"""\tneg\r\nd "e"\tpos\n', newline="")
+    assert [row["text"] for _, row in rows_of(path)] == ['a\tb "c"', 'd "e"']
+
+
 def test_a_csv_cell_of_a_megabyte(tmp_path: Any) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text\n" + "x" * 1_000_000 + "\n")
@@ -176,7 +189,8 @@ LINES = [
         3,
         r"too many cells: 3, where the header has 2 \(prompt, completion\)",
     ),
-    ("f.csv", b"prompt,completion\na\n", 2, r"too few cells: 1, where the header has 2"),
+    ("f.csv", b"prompt,completion\na\n", 2, r"too few cells: 1, where the header has 2.*separator or a line break"),
+    ("g.tsv", b"a\tb\nc\td\te\n", 2, r"too many cells: 3.*Quote cells that hold tabs, each closed on its own line"),
 ]
 
 

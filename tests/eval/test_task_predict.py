@@ -20,9 +20,11 @@ from tiny_task_runs import label_rows, label_run, sentence, tiny_bert
 from transformers import AutoTokenizer
 
 from qlora_kit.cli import main
+from qlora_kit.data.sources import read_rows
 from qlora_kit.errors import DataError, EvalError, RunError
 from qlora_kit.eval.predict import predict
 from qlora_kit.model.load import to_reference
+from qlora_kit.recipe import DataSource
 from qlora_kit.train.restore import load_tuned
 from qlora_kit.train.run_folder import RunFolder
 
@@ -110,6 +112,43 @@ def test_bad_rows_stop_or_are_counted(label_run: RunFolder, tmp_path: Path, caps
     assert "1 rows left out (broken JSON)" in capsys.readouterr().out
     again = predict(label_run, str(asked), output, QUIET, bad_rows="skip")
     assert (again.kept, again.rows) == (2, 0)
+
+
+def test_skip_goes_on_where_a_bad_row_stopped(label_run: RunFolder, tmp_path: Path) -> None:
+    texts = [sentence(k) for k in range(40)] + ["", "a bridge"]
+    asked = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    with pytest.raises(DataError, match=r"in\.jsonl row 41: text is empty"):
+        predict(label_run, str(asked), output, QUIET, batch_size=1)
+    done = predict(label_run, str(asked), output, QUIET, batch_size=1, bad_rows="skip")
+    assert (done.kept, done.rows, done.skipped) == (32, 9, {"empty text": 1})
+    predict(label_run, str(asked), whole, QUIET, batch_size=1, bad_rows="skip")
+    assert output.read_bytes() == whole.read_bytes()
+    with pytest.raises(EvalError, match=r"out\.jsonl belongs to another bad_rows \(got 'skip'\)\. Allowed: error"):
+        predict(label_run, str(asked), output, QUIET, batch_size=1)
+
+
+@pytest.mark.parametrize("column", ["text", "more"])
+def test_half_a_surrogate_pair_is_a_bad_row(label_run: RunFolder, tmp_path: Path, column: str) -> None:
+    half = {"text": "a sea", column: "a \ud800 film"}
+    asked = write_jsonl(tmp_path / "in.jsonl", [{"text": "a sea"}, half, {"text": "a bridge"}])
+    with pytest.raises(DataError, match=rf"in\.jsonl row 2: '{column}' holds half a surrogate pair \(got '\\ud800'\)"):
+        predict(label_run, str(asked), tmp_path / "out.jsonl", QUIET)
+    done = predict(label_run, str(asked), tmp_path / "out.jsonl", QUIET, bad_rows="skip")
+    assert done.rows == 2 and done.skipped == {"half a surrogate pair": 1}
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_odd_cells_are_read_again(label_run: RunFolder, tmp_path: Path, ending: str) -> None:
+    odd = [{"text": "a\rfilm", "n": float("nan"), "deep": [float("inf"), 1]}, {"text": "a sea", "n": 2, "deep": {}}]
+    asked, output = write_jsonl(tmp_path / "in.jsonl", odd), tmp_path / f"out{ending}"
+    predict(label_run, str(asked), output, QUIET)
+    again = [row.value for row in read_rows(DataSource.model_validate({"path": str(output)}))]
+    assert [(row["text"], row["n"], row["deep"]) for row in again if isinstance(row, dict)] == (
+        [("a\rfilm", "", "[null, 1]"), ("a sea", "2", "{}")]
+        if ending == ".csv"
+        else [("a\rfilm", None, [None, 1]), ("a sea", 2, {})]
+    )
 
 
 def test_outputs_that_are_not_this_calls(label_run: RunFolder, texts: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_answer_a_question_and_a_file(capsys, task_bundle, tmp_path):
         ("classify", ["--text", "a", "--input", "b.csv"], "give either --input, or --text"),
         ("classify", ["--pair", "a"], "the command line: no column 'text' among ['pair'], expected text"),
         ("classify", ["--text", "a", "--column", "text"], "--column text: expected FIELD=COLUMN, such as"),
-        ("classify", ["--input", "rows.txt"], "rows.txt: the ending is '.txt', allowed are .csv and .jsonl"),
+        ("classify", ["--input", "rows.txt"], "rows.txt: the ending is '.txt', allowed are .csv, .tsv and .jsonl"),
         ("classify", ["--text", "a", "-o", "out.txt"], "out.txt: the ending is '.txt'"),
         ("classify", ["--text", "a", "--batch-size", "0"], "batch_size is 0, at least 1 is expected"),
     ],
@@ -120,7 +120,7 @@ def test_wrong_use_is_exit_code_2(capsys, task_bundle, verb, options, message):
         ("in.jsonl", "{", "in.jsonl, line 1: not JSON"),
         ("in.csv", "text,b\na\n", "in.csv, line 2: the row has not as many cells as the header has columns"),
         ("in.csv", "b\na\n", "in.csv, line 2: no column 'text' among ['b'], expected text. Name the column with"),
-        ("in.csv", b"text\n\xff\n", "no CSV in UTF-8"),
+        ("in.csv", b"text\n\xff\n", "in.csv, from line 1 on: not UTF-8"),
     ],
 )
 def test_a_wrong_row_is_named_and_nothing_is_written(capsys, task_bundle, tmp_path, name, content, message):
