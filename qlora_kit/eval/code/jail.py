@@ -6,8 +6,8 @@ Three processes, each the child of the one before:
     first        process 1 of a new PID namespace: when it ends, the kernel kills whatever is left in there
     program      without privileges, under resource limits (`program.py`)
 
-`namespaces.py` builds what they live in. A step that the kernel refuses ends it all before the program is touched, and
-the refusal is reported. All three files need the standard library alone.
+`namespaces.py` builds what they live in, `syscalls.py` closes what that leaves open. A step that the kernel refuses
+ends it all before the program is touched, and the refusal is reported. All four files need the standard library alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from qlora_kit.eval.code.namespaces import die_with_parent, enter_namespaces
 from qlora_kit.eval.code.program import be_program
+from qlora_kit.eval.code.syscalls import lock_system_calls
 
 VERDICT = 3  # the descriptor of the verdict
 MAX_REPORT_BYTES = 65536
@@ -49,6 +50,7 @@ def supervise(job: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         enter_namespaces(job["root"], job["folder_bytes"])
+        lock_system_calls()
     except OSError as error:
         return {"refused": str(error)}
     secret = os.urandom(16).hex().encode()
@@ -70,7 +72,10 @@ def supervise(job: dict[str, Any]) -> dict[str, Any]:
 def worst_report(said: bytes, secret: bytes) -> dict[str, str] | None:
     """Of several, as processes of a program that forks give them, one that is not `passed`."""
     lines = said.rpartition(b"\n")[0].split(b"\n")
-    reports = [json.loads(line[len(secret) :]) for line in lines if line.startswith(secret)]
+    parts = [
+        line[len(secret) :].decode("utf-8", "replace").partition("\t") for line in lines if line.startswith(secret)
+    ]
+    reports = [{"kind": kind, "reason": reason} for kind, _, reason in parts]
     return min(reports, key=lambda report: report["kind"] == "passed", default=None)
 
 

@@ -1,8 +1,9 @@
 """Runs programs that a model wrote, each in a process without network, without the host's files and under limits.
 
-The kernel does the guarding (namespaces, a read-only root, resource limits: see `jail.py`, `namespaces.py`); where it
-will not, nothing is run. The tests share the program's interpreter, as the benchmark asks: a program that ends early
-is caught, one that goes through the frames of its own interpreter to forge a verdict is not, though it gets no further.
+The kernel does the guarding (namespaces, a read-only root, a filter of system calls, resource limits: see `jail.py`,
+`namespaces.py`, `syscalls.py`); where it will not, nothing is run. The tests share the program's interpreter, as the
+benchmark asks: a program that ends early is caught, one that goes through the frames or the memory of its own
+interpreter to forge a verdict is not, though it gets no further.
 """
 
 from __future__ import annotations
@@ -177,7 +178,8 @@ def _require_linux() -> None:
 
 def _advice() -> str:
     return (
-        "Needed: Linux 5.12 or newer that lets this user make user, mount, network and PID namespaces. Ubuntu: "
+        "Needed: Linux 5.12 or newer on x86_64 or aarch64 that lets this user make user, mount, network and PID "
+        "namespaces and seccomp filters. Ubuntu: "
         "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0; Debian: sudo sysctl "
         "kernel.unprivileged_userns_clone=1; a container: start it with --privileged, or use a virtual machine"
     )
