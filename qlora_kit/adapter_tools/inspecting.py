@@ -125,19 +125,19 @@ def _linear_deltas(source: Source, notes: list[str]) -> dict[str, Delta]:
     """Of linear layers, to the plain base; a note names others, whose delta is no matrix of the layer's own shape."""
     stored = as_lora(source)
     others = {
-        key.removeprefix(PREFIX).partition(".lora_")[0]
+        _layer_of(key)
         for key, tensor in stored.tensors.items()
         if ".lora_embedding_" in key or (".lora_" in key and (tensor.dim() != 2 or not key.endswith((A, B))))
     }
     if not others:
         return read_deltas(stored, source.folder)
     notes.append(f"{source.folder}: left out, as they are no linear layers: {', '.join(sorted(others))}")
-    kept = {
-        key: tensor
-        for key, tensor in stored.tensors.items()
-        if key.removeprefix(PREFIX).partition(".lora_")[0] not in others
-    }
+    kept = {key: tensor for key, tensor in stored.tensors.items() if _layer_of(key) not in others}
     return read_deltas(replace(stored, tensors=kept), source.folder)
+
+
+def _layer_of(key: str) -> str:
+    return key.removeprefix(PREFIX).partition(".lora_")[0]
 
 
 def _measure(name: str, delta: Delta, other: Delta | None, read_weight: ReadWeight | None) -> Layer:

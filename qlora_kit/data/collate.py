@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -40,3 +40,8 @@ def padded(rows: Sequence[np.ndarray], fill: int, multiple_of: int = 8) -> torch
     for k, row in enumerate(rows):
         out[k, : len(row)] = torch.tensor(row, dtype=torch.int64)
     return out
+
+
+def on_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch with its tensors on `device`."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -140,10 +140,10 @@ def _write(out: io.StringIO, cells: list[str]) -> None:
 
 
 def _cell(value: Any) -> str:
-    value = _finite(value)
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else _json(value)
+    if isinstance(value, str):
+        return value
+    text = _json(value)
+    return "" if text == "null" else text
 
 
 def _json(value: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from qlora_runtime import Bundle, BundleError, Sampling
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.data.collate import collate
+from qlora_kit.data.collate import collate, on_device
 from qlora_kit.data.masking import Encoded
 from qlora_kit.data.template import stop_token_ids
 from qlora_kit.errors import EvalError
@@ -40,8 +40,7 @@ class TorchScorer:
         found: dict[int, RowLoss] = {}
         for places in by_length(rows, self.batch_size):
             batch = collate([rows[place] for place in places], pad_id=self.tokenizer.pad_token_id)
-            batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-            sums, tokens = row_losses(self.model, batch)
+            sums, tokens = row_losses(self.model, on_device(batch, self.model.device))
             found |= zip(places, zip(sums.tolist(), tokens.tolist()))
         return [found[place] for place in range(len(rows))]
 

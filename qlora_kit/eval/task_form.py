@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from qlora_kit.data.collate import on_device
 from qlora_kit.errors import EvalError
 from qlora_kit.eval.scorers import by_length
 from qlora_kit.eval.task_answers import AnswerReader, Piece, TaskAnswer
@@ -89,7 +90,7 @@ class TaskForm:
         encoded = [rows[k].windows[w] for k, w in windows]
         for places in by_length(encoded, self.batch_size):
             batch = self.task.collate([encoded[place] for place in places], self.tokenizer)
-            yield [windows[place] for place in places], {name: part.to(self.device) for name, part in batch.items()}
+            yield [windows[place] for place in places], on_device(batch, self.device)
 
     def _pieces(self, rows: Sequence[TaskRow]) -> list[dict[int, Piece]]:
         return [{} for _ in rows]

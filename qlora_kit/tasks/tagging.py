@@ -33,13 +33,13 @@ class Tagging(Task[TaggingSettings]):
 
     def encode(self, example: TaggedWords, tokenizer: PreTrainedTokenizerBase, section: DataSection) -> list[Encoded]:
         """One row; of a sentence that is cut, the whole words that fit."""
-        limit = section.max_seq_len
-        tokens = len(word_encoder(tokenizer, WHOLE).encode(example.words)[0].input_ids)
-        if tokens > limit and section.overlong != "truncate":
-            raise overlong(tokens, limit)
-        row = self._windows(example, tokenizer, limit)[0]
+        limit, row = section.max_seq_len, self._windows(example, tokenizer, WHOLE)[0]
+        if cut := len(row.input_ids) > limit:
+            if section.overlong != "truncate":
+                raise overlong(len(row.input_ids), limit)
+            row = self._windows(example, tokenizer, limit)[0]
         _require_labels([row], example)
-        return [replace(row, truncated=tokens > limit)]
+        return [replace(row, truncated=cut)]
 
     def encode_whole(
         self, example: TaggedWords, tokenizer: PreTrainedTokenizerBase, section: DataSection

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 BNB_BLOCK = 256  # values of a bitsandbytes 8-bit state that share a scale
-
-
 SECOND_MOMENTS = ("exp_avg_sq", "state2")  # torch's name, bitsandbytes'
 
 
@@ -31,32 +29,24 @@ def resized_states(state: dict[str, Any], old: torch.Size, shape: torch.Size) ->
     bitsandbytes' 8-bit states (Dettmers et al. 2022) are expanded, resized and quantized again: their blocks run
     through the whole tensor, so that each holds other values than before.
     """
+    from qlora_kit.model.quantized import bnb
+
     found = dict(state)
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.shape != old:
             continue
         if value.dtype == torch.uint8:
             number = name.removeprefix("state")
-            found[name], found[f"absmax{number}"] = _requantized(
-                value, state[f"absmax{number}"], state[f"qmap{number}"], shape, name in SECOND_MOMENTS
+            scales, table = f"absmax{number}", state[f"qmap{number}"]
+            values = bnb.functional.dequantize_blockwise(value, absmax=state[scales], code=table, blocksize=BNB_BLOCK)
+            found[name], quantized = bnb.functional.quantize_blockwise(
+                _moment(name, values, shape), code=table, blocksize=BNB_BLOCK
             )
+            found[scales] = quantized.absmax
         else:
-            found[name] = resized(value, shape, _fill(value, name in SECOND_MOMENTS))
+            found[name] = _moment(name, value, shape)
     return found
 
 
-def _fill(values: Tensor, second: bool) -> float:
-    return float(values.double().mean()) if second else 0.0
-
-
-def _requantized(
-    codes: Tensor, absmax: Tensor, table: Tensor, shape: torch.Size, second: bool
-) -> tuple[Tensor, Tensor]:
-    """(uint8 codes, float32 absmax of each block) for the new shape."""
-    from qlora_kit.model.quantized import bnb
-
-    values = bnb.functional.dequantize_blockwise(codes, absmax=absmax, code=table, blocksize=BNB_BLOCK)
-    new, scales = bnb.functional.quantize_blockwise(
-        resized(values, shape, _fill(values, second)), code=table, blocksize=BNB_BLOCK
-    )
-    return new, scales.absmax
+def _moment(name: str, values: Tensor, shape: torch.Size) -> Tensor:
+    return resized(values, shape, float(values.double().mean()) if name in SECOND_MOMENTS else 0.0)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +17,7 @@ from qlora_kit.adapters.inject import trainable_parameters
 from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.prompt_tuning import virtual_tokens
 from qlora_kit.data.batches import TrainBatches
+from qlora_kit.data.collate import on_device
 from qlora_kit.data.dataset import PreparedData, prepare
 from qlora_kit.data.masking import Encoded
 from qlora_kit.errors import DataError, TrainingError
@@ -106,10 +106,6 @@ class Session:
     def collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
         """The task's batch, on the training device."""
         return on_device(self.task.collate(rows, self.tokenizer), self.accelerator.device)
-
-
-def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def start_session(recipe: Recipe, run: RunFolder, resume: bool = False) -> Session:

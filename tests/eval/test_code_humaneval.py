@@ -12,7 +12,6 @@ from qlora_kit.errors import DataError, EvalError
 from qlora_kit.eval.code.completers import Complete
 from qlora_kit.eval.code.humaneval import Problem, code_of, cut, program_of, question, read_problems
 from qlora_kit.eval.code.run import Settings, score_completer
-from qlora_kit.eval.code.sandbox import require_sandbox
 
 FILE = Path(__file__).parents[2].parent / "shared" / "data" / "humaneval" / "HumanEval.jsonl"
 PROBLEM = Problem(
@@ -23,16 +22,6 @@ PROBLEM = Problem(
     "def check(candidate):\n    assert candidate(3, 4) == 5\n    assert candidate(0, 2) == 2\n",
 )
 OTHER = Problem("Own/1", "def twice(n: int) -> int:\n", "twice", "    return 2 * n\n", "def check(f): assert f(2) == 4")
-
-
-@pytest.fixture
-def sandbox() -> None:
-    try:
-        require_sandbox()
-    except EvalError as error:
-        if "cannot be run safely here" not in str(error) and "on Linux only" not in str(error):
-            raise
-        pytest.skip(str(error))
 
 
 def answering(problems: Sequence[Problem], answer: Callable[[Problem, int], str], chat: bool = False) -> Complete:

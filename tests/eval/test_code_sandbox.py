@@ -16,23 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.errors import EvalError
-from qlora_kit.eval.code.sandbox import Limits, Outcome, require_sandbox, run_program
+from qlora_kit.eval.code.sandbox import Limits, Outcome, run_program
 
+pytestmark = pytest.mark.usefixtures("sandbox")
 ROOT = Path(__file__).parents[2]
 PATIENT = Limits(wall_s=60.0, cpu_s=1, memory_bytes=256 << 20)  # where something else than the clock must end it
 SHORT = replace(PATIENT, wall_s=2.0)
 TESTS = "assert answer() == 42"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _sandbox_here() -> None:
-    try:
-        require_sandbox()
-    except EvalError as error:
-        if "cannot be run safely here" not in str(error) and "on Linux only" not in str(error):
-            raise
-        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

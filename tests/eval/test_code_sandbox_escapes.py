@@ -13,22 +13,12 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("the sandbox is made of what Linux has", allow_module_level=True)
 
-from qlora_kit.errors import EvalError
 from qlora_kit.eval.code import syscalls
-from qlora_kit.eval.code.sandbox import Limits, Outcome, require_sandbox, run_program
+from qlora_kit.eval.code.sandbox import Limits, Outcome, run_program
 
+pytestmark = pytest.mark.usefixtures("sandbox")
 ROOT = Path(__file__).parents[2]
 PATIENT = Limits(wall_s=60.0, cpu_s=5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _sandbox_here() -> None:
-    try:
-        require_sandbox()
-    except EvalError as error:
-        if "cannot be run safely here" not in str(error) and "on Linux only" not in str(error):
-            raise
-        pytest.skip(str(error))
 
 
 def run(program: str, tests: str = "") -> Outcome:

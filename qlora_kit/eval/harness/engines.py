@@ -11,7 +11,7 @@ from qlora_runtime import BundleError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qlora_kit.data.collate import padded
+from qlora_kit.data.collate import on_device, padded
 from qlora_kit.data.masking import IGNORED
 from qlora_kit.errors import EvalError
 from qlora_kit.eval.code.completers import Complete, completer_of
@@ -70,7 +70,7 @@ class TorchEngine:
             "attention_mask": padded([np.ones_like(row) for row in ids], 0, 1),
             "labels": padded(wanted, IGNORED, 1),
         }
-        logits, labels = kept_logits(self.model, {name: value.to(self.model.device) for name, value in batch.items()})
+        logits, labels = kept_logits(self.model, on_device(batch, self.model.device))
         return [row_logits[row_labels != IGNORED].float() for row_logits, row_labels in zip(logits, labels)]
 
 
