@@ -86,9 +86,10 @@ class Session:
         The wrapper that averages gradients goes first: were it the last to hold the group, it would wait for the
         group's thread with Python's lock in hand, and that thread may want the lock (pytorch #56297).
         """
-        self.model = self.plain
-        self.accelerator.free_memory()
-        gc.collect()
+        if self.model is not self.plain:
+            self.model = self.plain
+            self.accelerator.free_memory()
+            gc.collect()
         self.accelerator.end_training()
 
     def losses(self, batch: dict[str, Tensor], rows: list[Encoded]) -> Tensor:
