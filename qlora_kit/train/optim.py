@@ -1,9 +1,4 @@
-"""The optimizer and the learning-rate schedule.
-
-A bf16 weight has 8 significant bits and swallows updates below 1/256 of itself. So beside each bf16 weight lie
-the low 16 bits of its fp32 value (2 bytes a weight): the update is made in fp32, exactly, and the weight that
-the model sees is that value rounded to bf16. Kalamkar et al. 2019 (arXiv:1905.12322) call this split-SGD.
-"""
+"""The optimizer, which updates bf16 weights in fp32, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -15,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.errors import CheckpointError
+from qlora_kit.kernels.split_fp32 import join_into, split_into
 from qlora_kit.train.resize_states import resized, resized_states
 
 TORCH_STATES = ("exp_avg", "exp_avg_sq")
@@ -22,22 +18,10 @@ BNB_STATES = ("state1", "state2")  # bitsandbytes' names of the same two; 8-bit 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
-def split_fp32(value: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 to (bf16 rounded to nearest, ties away from zero; int16 distance of the bit patterns). Exact, any shape."""
-    bits = value.contiguous().view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    low = bits - (high << 16)  # -0x8000 .. 0x7FFF
-    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
-
-
-def join_fp32(high: Tensor, low: Tensor) -> Tensor:
-    """The inverse of `split_fp32`: (bf16, int16) to fp32, bit for bit."""
-    bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
-    return bits.view(torch.float32)
-
-
 class AdapterOptimizer:
     """Steps each trained weight in fp32 through an optimizer of its own, so that fp32 copies live one at a time.
+
+    Beside each bf16 weight lie the low 16 bits of its fp32 value (2 bytes a weight), see `kernels.split_fp32`.
 
     Args:
         parameters: name to trained parameter, bf16 or fp32.
@@ -60,6 +44,7 @@ class AdapterOptimizer:
         for name, parameter in parameters.items():
             master = parameter
             if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.contiguous()  # it is written through a flat view
                 master = nn.Parameter(parameter.detach().new_empty(0, dtype=torch.float32))
                 self._masters[name] = master
                 if keep_precision:
@@ -68,25 +53,37 @@ class AdapterOptimizer:
 
     def step(self, scale: float = 1.0) -> None:
         """One update from the gradients times `scale`, at the rate given to `set_lr`. Gradients stay as they are."""
+        scratch = self._scratch()
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            if name not in self._masters:
-                whole = parameter.grad
-                parameter.grad = whole * scale
-                self._inner[name].step()
-                parameter.grad = whole  # as of bf16 weights: methods look at gradients after the step
+            if name in self._masters:
+                self._step_split(name, parameter, scale, scratch)
                 continue
-            master = self._masters[name]
-            low = self.low_bits.get(name)
-            master.data = parameter.detach().float() if low is None else join_fp32(parameter.detach(), low)
-            master.grad = parameter.grad.float() * scale  # in fp32: bf16 would round once more
+            whole = parameter.grad
+            parameter.grad = whole * scale
             self._inner[name].step()
-            high, new_low = split_fp32(master.data)
-            parameter.data.copy_(high)
-            if low is not None:
-                low.copy_(new_low)
-            master.grad, master.data = None, master.data.new_empty(0)
+            parameter.grad = whole  # as of bf16 weights: methods look at gradients after the step
+
+    def _step_split(self, name: str, parameter: nn.Parameter, scale: float, scratch: Tensor) -> None:
+        weight, low, master = parameter.detach(), self.low_bits.get(name), self._masters[name]
+        value, grad = (part[: weight.numel()].view(weight.shape) for part in scratch)
+        if low is None:
+            value.copy_(weight)
+        else:
+            join_into(value, weight, low)
+        master.data, master.grad = value, grad.copy_(parameter.grad).mul_(scale)  # in fp32: bf16 would round once more
+        self._inner[name].step()
+        if low is None:
+            weight.copy_(value)
+        else:
+            split_into(value, weight, low)
+        master.grad, master.data = None, value.new_empty(0)
+
+    def _scratch(self) -> Tensor:
+        """Room for the largest bf16 weight and its gradient in fp32. [2, weights]"""
+        largest = max((self.parameters[name] for name in self._masters), key=Tensor.numel, default=None)
+        return torch.empty(0) if largest is None else largest.new_empty(2, largest.numel(), dtype=torch.float32)
 
     def set_lr(self, lr: float) -> None:
         for name, inner in self._inner.items():
@@ -194,7 +191,8 @@ def optimizer_maker(
     options: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if kind == "adamw" or device.type != "cuda":
         note = None if kind == "adamw" else f"optimizer {kind} needs CUDA; torch AdamW with fp32 states takes its place"
-        return lambda parameters: torch.optim.AdamW(parameters, foreach=False, **options), note
+        fused = device.type == "cpu"  # one pass over the weights instead of ten
+        return lambda parameters: torch.optim.AdamW(parameters, fused=fused, foreach=False, **options), note
     from qlora_kit.model.quantized import bnb
 
     classes = {

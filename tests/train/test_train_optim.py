@@ -1,4 +1,4 @@
-"""Exact halves, kept precision, schedules and clipping, against torch and transformers."""
+"""Kept precision, schedules and clipping, against torch and transformers."""
 
 from __future__ import annotations
 
@@ -12,51 +12,16 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 from transformers.optimization import get_linear_schedule_with_warmup
 
 from qlora_kit.errors import CheckpointError
+from qlora_kit.kernels.split_fp32 import join_fp32, split_fp32
 from qlora_kit.train.optim import (
     AdapterOptimizer,
     clip_factor,
     gradient_norm,
-    join_fp32,
     lr_at,
     optimizer_maker,
-    split_fp32,
 )
 
 CPU = torch.device("cpu")
-NOTABLE = [0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x00008000, 0x3F800000, 0x3F808000,
-           0x3F807FFF, 0x3F808001, 0xBF808000, 0x3F818000, 0x7F7F0000, 0x7F7F7FFF, 0xFF7F7FFF]  # fmt: skip
-
-
-def bit_patterns() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randint(-(2**31), 2**31, (200_000,), generator=generator, dtype=torch.int64)
-    notable = torch.tensor([bits - 2**32 if bits >= 2**31 else bits for bits in NOTABLE])
-    subnormal = torch.randint(0, 0x00800000, (20_000,), generator=generator, dtype=torch.int64)
-    values = torch.cat([random, notable, subnormal]).to(torch.int32).view(torch.float32)
-    return values[values.isfinite() & (values.abs() < 3.38e38)]  # above, the nearest bf16 is infinite
-
-
-def test_split_and_join_are_exact_for_any_bit_pattern() -> None:
-    value = bit_patterns()
-    high, low = split_fp32(value)
-    assert high.dtype == torch.bfloat16 and low.dtype == torch.int16
-    assert torch.equal(join_fp32(high, low).view(torch.int32), value.view(torch.int32))
-
-
-def test_the_high_half_is_the_nearest_bf16() -> None:
-    value = bit_patterns()
-    high, _ = split_fp32(value)
-    nearest = value.bfloat16()
-    tie = (value.view(torch.int32) & 0xFFFF) == 0x8000
-    assert torch.equal(high[~tie].view(torch.int16), nearest[~tie].view(torch.int16))
-    away = high[tie].float().abs() - value[tie].abs()
-    assert (away > 0).all(), "ties go away from zero"
-    assert tie.sum() >= 3
-
-
-def test_split_takes_any_shape_and_stride() -> None:
-    value = torch.randn(5, 7).T
-    assert torch.equal(join_fp32(*split_fp32(value)), value)
 
 
 def masters(optimizer: AdapterOptimizer) -> dict[str, Tensor]:
@@ -66,7 +31,7 @@ def masters(optimizer: AdapterOptimizer) -> dict[str, Tensor]:
 def test_kept_precision_equals_torch_adamw_on_fp32_weights_bit_for_bit() -> None:
     kept = AdapterOptimizer(random_weights(torch.bfloat16), make_adamw())
     reference = {name: nn.Parameter(p.detach().float()) for name, p in random_weights(torch.bfloat16).items()}
-    adamw = torch.optim.AdamW(reference.values(), betas=(0.9, 0.99), weight_decay=0.01, foreach=False)
+    adamw = torch.optim.AdamW(reference.values(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     for step in range(50):
         for parameter in reference.values():
             parameter.grad = gradient(step, parameter.bfloat16()).float()
@@ -82,7 +47,7 @@ def test_fp32_weights_equal_torch_adamw_bit_for_bit() -> None:
     own = AdapterOptimizer(random_weights(torch.float32), make_adamw())
     assert own.low_bits == {}
     reference = random_weights(torch.float32)
-    adamw = torch.optim.AdamW(reference.values(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, foreach=False)
+    adamw = torch.optim.AdamW(reference.values(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     for step in range(20):
         for parameter in reference.values():
             parameter.grad = gradient(step, parameter)
