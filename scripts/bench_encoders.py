@@ -126,7 +126,9 @@ def _train(options: argparse.Namespace, task: str, name: str, seed: int) -> Path
         recipe["base"]["quant"] = "none"
     file = options.runs / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    folder_name = f"{task}-{name.replace(', ', '-').replace(' ', '')}-lr{_lr(task, name):g}-seed{seed}"
+    folder_name = (
+        f"{task}-{name.replace(', ', '-').replace(' ', '').replace('+', '-plus')}-lr{_lr(task, name):g}-seed{seed}"
+    )
     run = train_run(str(file), folder_name, options.runs, [])
     if not (run / "eval" / "results.json").exists():
         subprocess.run([sys.executable, "-m", "qlora_kit.cli", "eval", str(run), "--forms", "tuned"], check=True)
