@@ -134,7 +134,7 @@ def run_export(options: argparse.Namespace) -> None:
     from qlora_kit.export.run import export_run
     from qlora_kit.train.run_folder import RunFolder
 
-    export_run(RunFolder.open(options.run or last_run()), Console(stderr=True), options.profiles)
+    export_run(RunFolder.open(options.run or last_run()), Console(stderr=True), options.profiles, options.onto)
 
 
 def run_generate(options: argparse.Namespace) -> int:

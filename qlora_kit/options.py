@@ -95,6 +95,7 @@ def _compare(parser: argparse.ArgumentParser) -> None:
 def _export(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     parser.add_argument("--profiles", metavar="A,B", type=_names, help="instead of the recipe's, e.g. fp32,int8")
+    parser.add_argument("--onto", choices=("dequantized", "original", "requantized"), help="instead of the recipe's")
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:

@@ -180,6 +180,9 @@ class EvalSection(Section):
 class ExportSection(Section):
     profiles: Annotated[list[Literal["fp32", "int8"]], Field(min_length=1)] = ["fp32", "int8"]
     """Bundles to write."""
+    onto: Literal["dequantized", "original", "requantized"] = "dequantized"
+    """What the adapter is merged onto: the weights it was trained on; the base's own 16 bit; or, rounded once more,
+    the base's codes. Only the first is the model that was trained."""
     merged: bool = True
     """Keep the merged model as a Hugging Face folder too."""
     verify_prompts: Annotated[int, Field(ge=2, le=1000)] = 16

@@ -37,13 +37,14 @@ class Bench:
     score: str
     lora_lr: float
     full_lr: float
+    warmup: int = 30
 
 
 BENCHES = {
     "sentiment": Bench("classification", "sentiment/train.jsonl", "sentiment/eval.jsonl", 300, "accuracy", 5e-4, 1e-4),
     "banking77": Bench("classification", "banking77/train.csv", "banking77/test.csv", 600, "accuracy", 1e-3, 3e-4),
     "wnut17": Bench(
-        "tagging", "wnut17/wnut17train.conll", "wnut17/emerging.test.annotated", 400, "span_f1", 1e-3, 2e-4
+        "tagging", "wnut17/wnut17train.conll", "wnut17/emerging.test.annotated", 800, "span_f1", 6e-4, 2e-4, 100
     ),
     "addresses": Bench("tagging", "addresses.jsonl", "addresses-eval.jsonl", 300, "span_f1", 1e-3, 3e-4),
 }
@@ -116,7 +117,12 @@ def _train(options: argparse.Namespace, task: str, name: str, seed: int) -> Path
         "base": {"model": str(options.model)},
         "adapter": VARIANTS[name],
         "data": {"train": str(folder / bench.train), "eval": str(folder / bench.eval), "max_seq_len": 128},
-        "train": {"micro_batch_size": ROWS, "max_steps": bench.steps, "warmup_steps": 30, "optimizer": "adamw"},
+        "train": {
+            "micro_batch_size": ROWS,
+            "max_steps": bench.steps,
+            "warmup_steps": bench.warmup,
+            "optimizer": "adamw",
+        },
         "eval": {"batch_size": 32},
     }
     recipe["data"]["overlong"] = "truncate"

@@ -15,7 +15,8 @@ from qlora_kit.data.dataset import prepare
 from qlora_kit.data.template import stop_token_ids
 from qlora_kit.errors import ExportError, RunError
 from qlora_kit.export.bundle import make_bundle
-from qlora_kit.export.merge import LayerDelta, merge_adapter, save_merged
+from qlora_kit.export.merge import LayerDelta, save_merged
+from qlora_kit.export.onto import Onto, merge_onto
 from qlora_kit.export.rows import calibration_rows, proof_rows, reference_rows
 from qlora_kit.export.smoothing import smooth
 from qlora_kit.export.task_bundle import TaskModel, make_task_bundle
@@ -33,8 +34,13 @@ EXPORT_TOOLS = ("onnx", "onnxruntime", "onnxruntime-genai", "onnxscript", "qlora
 Found = Distances | TaskDistances
 
 
-def export_run(run: RunFolder, console: Console, profiles: list[str] | None = None) -> dict[str, Found]:
+def export_run(
+    run: RunFolder, console: Console, profiles: list[str] | None = None, onto: Onto | None = None
+) -> dict[str, Found]:
     """Writes RUN/merged and RUN/bundles/PROFILE for each profile.
+
+    Args:
+        profiles, onto: instead of the recipe's export.profiles and export.onto.
 
     Raises:
         ExportError: an unknown profile, too few rows to prove a bundle on, a weight that is not finite, an
@@ -53,7 +59,7 @@ def export_run(run: RunFolder, console: Console, profiles: list[str] | None = No
         )
     with run.lock():
         sources = _provenance(run)
-        make = _merge(run, recipe, tokenizer, names, sources, console)
+        make = _merge(run, recipe, tokenizer, names, sources, onto or recipe.export.onto, console)
         made: dict[str, Found] = {}
         failures: list[ExportError] = []
         for name in names:
@@ -93,11 +99,13 @@ def _merge(
     tokenizer: PreTrainedTokenizerBase,
     names: list[str],
     sources: dict[str, Any],
+    onto: Onto,
     console: Console,
 ) -> Callable[[str], Found]:
     """Writes RUN/merged and RUN/merge.json.
 
-    Returns: what makes the bundle of a profile, and holds it to what the trained model said before it was merged.
+    Returns: what makes the bundle of a profile, and holds it to what the trained model said before it was merged; onto
+    other weights than those it was trained on, to what the merged model says.
 
     Raises:
         ExportError: a task without bundles, too few rows to prove a bundle on, or a merged weight that is not finite.
@@ -109,12 +117,18 @@ def _merge(
         _set_end_tokens(model, tokenizer)
     data = prepare(recipe.data, tokenizer, recipe.run.seed, task)
     chosen = proof_rows(data, recipe.export.verify_prompts)
+    if onto != "dequantized":
+        deltas = merge_onto(run, model, onto)
+        sources["adapter"] |= {"merged_onto": onto}
+        console.print(f"WARNING: merged onto the {onto} base, this is not quite the model that was trained")
     rows = reference_rows(model, chosen) if info is None else []
     task_model = None
     if info is not None:
         answers = task_rows(model, task, info, chosen, recipe.data, tokenizer)
         task_model = TaskModel(info, task.auto_class, tokenizer, context_length(model), answers)
-    folders = _write_merged(run, model, tokenizer, names, calibration_rows(data), console)
+    if onto == "dequantized":
+        deltas = merge_onto(run, model)
+    folders = _write_merged(run, model, deltas, tokenizer, names, calibration_rows(data), console)
 
     def make(name: str) -> Found:
         target, tools = run.bundles / name, tool_versions(EXPORT_TOOLS)
@@ -128,13 +142,13 @@ def _merge(
 def _write_merged(
     run: RunFolder,
     model: PreTrainedModel,
+    deltas: list[LayerDelta],
     tokenizer: PreTrainedTokenizerBase,
     names: list[str],
     calibration: list[list[int]],
     console: Console,
 ) -> dict[str, Path]:
-    """Merges; returns the folder that each profile is built from."""
-    deltas = merge_adapter(model)
+    """Saves the merged model; returns the folder that each profile is built from."""
     save_merged(model, tokenizer, run.merged)
     write_json(run.path / "merge.json", _merge_report(deltas))
     console.print(f"merged {len(deltas)} layers in fp32 into {run.merged}", highlight=False)

@@ -1,0 +1,67 @@
+"""What a delta is added onto: the base that it was trained against, or other grounds that people merge onto."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_kit.adapters.methods import METHODS
+from qlora_kit.errors import ExportError
+from qlora_kit.export.merge import LayerDelta, merge_adapter
+from qlora_kit.model.quantize import Quantization
+from qlora_kit.model.quantized import QuantizedLinear
+from qlora_kit.train.restore import load_run_base
+from qlora_kit.train.run_folder import RunFolder
+
+Onto = Literal["dequantized", "original", "requantized"]
+
+
+@torch.no_grad()
+def merge_onto(run: RunFolder, model: PreTrainedModel, onto: Onto = "dequantized") -> list[LayerDelta]:
+    """Turns the tuned model of a run into a plain one in fp32, in place.
+
+    `dequantized` is the model that was trained. `original` puts the base's own 16-bit weights in the place of the
+    dequantized ones, under the same deltas. `requantized` rounds each merged weight to the base's codes once more.
+
+    Raises:
+        ExportError: the base is not quantized, or the adapter was made for what is left of it; as `merge_adapter`.
+    """
+    _refuse(run, onto)
+    quantized = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    deltas = merge_adapter(model)
+    if onto == "dequantized":
+        return deltas
+    original = load_run_base(run, "none") if onto == "original" else None
+    for name, layer in quantized.items():
+        plain_name = name.removesuffix(".base_layer")
+        plain: Any = model.get_submodule(plain_name)
+        if original is not None:
+            whole: Any = original.get_submodule(plain_name)
+            plain.weight += whole.weight.float() - _as_stored(plain, layer.dequantize(torch.float32))
+        else:
+            again = Quantization(layer.quant, layer.nested_block_size > 0)
+            rounded = again.quantize(_as_stored(plain, plain.weight.detach()).contiguous(), None)
+            plain.weight.copy_(_as_stored(plain, rounded.dequantize(torch.float32)))
+    return deltas
+
+
+def _refuse(run: RunFolder, onto: Onto) -> None:
+    recipe = run.recipe()
+    if onto == "dequantized":
+        return
+    if recipe.base.quant == "none":
+        raise ExportError(f"export.onto {onto} needs a quantized base", got="none", allowed="dequantized")
+    if onto == "original" and METHODS[recipe.adapter.method].replaces_base:
+        raise ExportError(
+            f"adapter.method {recipe.adapter.method} was trained on what it left of the base, not on the original",
+            allowed="dequantized, requantized",
+            fix="Convert it first: qlora-kit adapters convert",
+        )
+
+
+def _as_stored(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """[out, in] as the layer holds it, or back: a Conv1D transposes."""
+    return weight.T if isinstance(layer, Conv1D) else weight
