@@ -23,7 +23,7 @@ LAYERS = {  # part of qlora_kit: the parts it may import, besides itself, errors
     "doctor": set(),
     "plan": {"recipe", "model", "adapters"},
     "data": {"recipe", "task_settings"},
-    "tasks": {"recipe", "task_settings", "data"},
+    "tasks": {"recipe", "task_settings", "data", "kernels", "adapters"},
     "train": {"recipe", "recipe_file", "kernels", "adapters", "model", "data", "generate", "tasks"},
     "generate": {"adapters", "model", "data", "train"},
     "options": {"options_adapters"},

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-CHUNK_LOGITS = 2**24  # numbers in a chunk's logits: 64 MiB in fp32
+from qlora_kit.kernels.token_chunks import CHUNK_LOGITS, chunked_losses
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,4 @@ def chunked_distill_losses(
     def losses(part: Tensor, place: slice) -> Tensor:
         return distill_losses(head(part), labels[place], teacher(place), temperature, weight)
 
-    size = max(1, chunk_logits // vocab)
-    places = [slice(start, start + size) for start in range(0, len(labels), size)]
-    parts: list[Tensor] = [checkpoint(losses, hidden[place], place, use_reentrant=False) for place in places]
-    return torch.cat(parts) if parts else hidden.sum(1)
+    return chunked_losses(hidden, losses, vocab, chunk_logits)

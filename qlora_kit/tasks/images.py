@@ -19,7 +19,7 @@ from qlora_kit.data.task_readers.images import read_image
 from qlora_kit.errors import ModelError
 from qlora_kit.recipe import DataSection
 from qlora_kit.task_settings import ImageClassificationSettings
-from qlora_kit.tasks.loss import unwrapped
+from qlora_kit.tasks.logits import unwrapped
 from qlora_kit.tasks.task import Batch, Task, without_labels
 
 

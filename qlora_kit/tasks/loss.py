@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_kit.tasks.head import losses_at_head, takes_losses_at_head
+from qlora_kit.tasks.logits import kept_logits
+
 
 def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Loss of each token that carries loss, in fp32.
 
-    Logits are made only at positions where some row of the batch predicts such a token: with long prompts and
-    short answers that is most of the vocabulary-sized work saved.
+    Logits are made for such tokens only, a chunk of them at a time. A model that changes what its head gives (a soft
+    cap) makes all of them, at positions where some row of the batch predicts such a token.
 
     Args:
         batch: input_ids, attention_mask, labels: int64 [batch, seq]; labels are -100 where there is no loss.
 
     Returns: (losses [batch, kept], labels [batch, kept]); losses are 0 where labels are -100.
     """
+    if takes_losses_at_head(model):
+        return losses_at_head(model, batch)
     logits, labels = kept_logits(model, batch)
     return label_losses(logits, labels)[0], labels
 
@@ -40,19 +42,6 @@ def label_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return losses.view(labels.shape), labels != -100
 
 
-def kept_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(logits [batch, kept, vocab], labels [batch, kept]) at positions where some row predicts a token with loss."""
-    targets = batch["labels"][:, 1:]  # position p predicts token p + 1
-    kept = (targets != -100).any(0).nonzero().squeeze(1)  # [kept]
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    model_class: Any = type(unwrapped(model))
-    if _takes_logits_to_keep(model_class):
-        logits = model(**inputs, logits_to_keep=kept).logits
-    else:
-        logits = model(**inputs).logits[:, kept]
-    return logits, targets[:, kept]
-
-
 def count_loss_tokens(labels: Tensor) -> int:
     """Tokens of [batch, seq] labels that `token_losses` sums over (the first token of a row predicts nothing)."""
     return int((labels[:, 1:] != -100).sum())
@@ -68,13 +57,3 @@ def row_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, T
 def row_sums(losses: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """(sum float32 [batch], number int64 [batch]) of the counted losses of each row, both [batch, n]."""
     return losses.double().sum(1).float(), counted.sum(1)
-
-
-def unwrapped(model: Any) -> Any:
-    """The model inside DistributedDataParallel; the model itself where nothing wraps it."""
-    return getattr(model, "module", model)
-
-
-@cache
-def _takes_logits_to_keep(model_class: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(model_class.forward).parameters

@@ -17,7 +17,8 @@ from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSection
 from qlora_kit.task_settings import Seq2SeqSettings
 from qlora_kit.tasks.encoding import encode_texts
-from qlora_kit.tasks.loss import label_losses, unwrapped
+from qlora_kit.tasks.logits import unwrapped
+from qlora_kit.tasks.loss import label_losses
 from qlora_kit.tasks.task import Task, without_labels
 
 

@@ -12,7 +12,8 @@ from qlora_kit.errors import ModelError
 from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
 from qlora_kit.model.source import BaseSource, find_base
 from qlora_kit.recipe import Recipe
-from qlora_kit.train.distill import Distillation, OnlineTeacher, head_gives_logits
+from qlora_kit.tasks.head import head_gives_logits
+from qlora_kit.train.distill import Distillation, OnlineTeacher
 from qlora_kit.train.run_folder import RunFolder
 from qlora_kit.train.teacher_cache import CachedTeacher
 

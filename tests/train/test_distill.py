@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from qlora_kit.errors import ModelError, RecipeError
 from qlora_kit.model.load import load_base
 from qlora_kit.model.source import find_base
+from qlora_kit.tasks.head import head_gives_logits, hidden_of_loss_tokens
 from qlora_kit.tasks.loss import token_losses
-from qlora_kit.train.distill import head_gives_logits, hidden_of_loss_tokens
 from qlora_kit.train.run_folder import RunFolder
 from qlora_kit.train.session import start_session
 

@@ -14,8 +14,12 @@ from tiny_models import ARCHITECTURES, tiny_ids, tiny_model
 from tiny_runs import tiny_recipe
 from torch import nn
 
+from qlora_kit.adapters.methods import method_for
+from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.data.collate import collate
 from qlora_kit.data.masking import Encoded
+from qlora_kit.kernels.linear_cross_entropy import linear_cross_entropy
+from qlora_kit.tasks.head import takes_losses_at_head
 from qlora_kit.tasks.loss import count_loss_tokens, row_losses, token_losses
 from qlora_kit.train.loop import _count_tokens, _forward_backward
 from qlora_kit.train.run_folder import RunFolder
@@ -48,13 +52,18 @@ def test_losses_equal_those_of_full_logits_on_every_architecture(arch: str) -> N
     assert int((labels != -100).sum()) == count_loss_tokens(batch["labels"]) == 3 + 9 + 1 + 30
 
 
-def test_logits_are_made_only_where_a_row_carries_loss() -> None:
+def test_logits_are_made_only_for_tokens_that_carry_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny_model("llama"), batch_of([(12, 2), (13, 1)])
     shapes = []
-    model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, out: shapes.append(out.shape))
-    losses, _ = token_losses(model, batch)
-    assert shapes == [(2, 2, 320)]
-    assert losses.shape == (2, 2)
+
+    def watched(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes.append(hidden.shape)
+        return linear_cross_entropy(hidden, *rest)
+
+    monkeypatch.setattr("qlora_kit.tasks.head.linear_cross_entropy", watched)
+    losses, _ = token_losses(model.requires_grad_(False), batch)
+    assert shapes == [(3, 64)]
+    assert losses.shape == (2, 2) and int((losses != 0).sum()) == 3
 
 
 def test_soft_capped_logits_stay_capped() -> None:
@@ -64,6 +73,37 @@ def test_soft_capped_logits_stay_capped() -> None:
     losses = token_losses(model, batch)[0]
     torch.testing.assert_close(losses.sum(1), full_losses(model, batch).sum(1))
     assert (losses.sum(1) - token_losses(uncapped, batch)[0].sum(1)).abs().max() > 0.1
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "frozen head": {},
+    "head trained in full": {"modules_to_save": ["lm_head"]},
+    "LoRA on the head": {"target_modules": ["lm_head", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox", "phi", "gemma2"])
+@pytest.mark.parametrize("changes", [*ADAPTERS.values(), None], ids=[*ADAPTERS, "everything trained"])
+def test_gradients_equal_those_of_full_logits(arch: str, changes: dict[str, Any] | None) -> None:
+    """Weights tied or not; gemma2 bends its logits and keeps the plain path."""
+    batch, found = batch_of([(5, 3), (20, 9), (2, 30)]), []
+    for chunked in (False, True):
+        model = tiny_model(arch).requires_grad_(changes is None)
+        if changes is not None:
+            names = {"gpt_neox": {"q_proj": "query_key_value"}}.get(arch, {})
+            renamed = {key: [names.get(name, name) for name in value] for key, value in changes.items()}
+            torch.manual_seed(0)
+            method_for(LoraSettings.model_validate({"rank": 3, "dtype": "fp32", **renamed})).inject(model)
+        for name, weight in model.named_parameters():
+            if name.endswith("lora_B"):
+                weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        losses = token_losses(model, batch)[0] if chunked else full_losses(model, batch)
+        (losses.sum() / 42).backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert found[0] and found[0].keys() == found[1].keys()
+    for name, plain in found[0].items():
+        scale = max(1e-3, plain.abs().max().item())
+        torch.testing.assert_close(found[1][name], plain, rtol=0, atol=1e-5 * scale, msg=name)
 
 
 class OldModel(nn.Module):
@@ -177,6 +217,7 @@ def test_checkpointed_layers_keep_no_activations_of_their_own(tmp_path: Path, ti
     calls = {}
     for on in (False, True):
         session = session_for(tmp_path, tiny_llama, train={"gradient_checkpointing": on})
+        takes_losses_at_head(session.plain)  # measured once, which runs the layers too
         seen: list[int] = []
         layer = session.plain.get_submodule("model.layers.0.self_attn.q_proj")
         layer.register_forward_hook(lambda *_, seen=seen: seen.append(1))

@@ -17,7 +17,7 @@ from qlora_kit.errors import EvalError
 from qlora_kit.eval.code.completers import Complete, completer_of
 from qlora_kit.eval.scorers import BundleScorer, TorchScorer
 from qlora_kit.generate import context_length
-from qlora_kit.tasks.loss import kept_logits
+from qlora_kit.tasks.logits import kept_logits
 
 TokenRow = Sequence[int]
 
