@@ -1,14 +1,15 @@
 """An open bundle: logits, token streams, text and chats, on a CPU."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qlora_runtime.chat import ChatTemplate, Message, load_chat_template
-from qlora_runtime.decoder import Decoder, Decoding, FloatArray, Int64Array, read_cache_shape
+from qlora_runtime.decoder import Decoder, Decoding, FloatArray, Int64Array, in_pieces, read_cache_shape
 from qlora_runtime.errors import (
     ArgumentError,
     ChatTemplateError,
@@ -91,8 +92,13 @@ class Bundle:
         return self._decoder.logits(ids, checked_mask(attention_mask, ids))
 
     def stream(
-        self, prompt_ids: npt.ArrayLike, sampling: Sampling | None = None, *, stop_at_eos: bool = True
-    ) -> Iterator[int]:
+        self,
+        prompt_ids: npt.ArrayLike,
+        sampling: Sampling | None = None,
+        *,
+        stop_at_eos: bool = True,
+        cancelled: Event | None = None,
+    ) -> Generator[int]:
         """The answer's token ids, one by one, each as soon as it is known.
 
         Ends after an end-of-sequence token (which it yields too, unless `stop_at_eos` is False: then it goes
@@ -102,12 +108,19 @@ class Bundle:
         Args:
             prompt_ids: int64 [seq], without padding.
             sampling: None is greedy with the default length.
+            cancelled: once it is set, by another thread, the stream ends; a long prompt is not read on.
 
         Raises:
             PromptTooLongError: the prompt leaves no room for one more token.
             ArgumentError: prompt_ids is empty, of another shape, or outside the vocabulary.
             ModelOutputError: while streaming, where the model's logits are not finite.
         """
+        prompt = self.check_room(prompt_ids)
+        ends = set(self.manifest.model.eos_token_ids) if stop_at_eos else set()
+        return self._decode(prompt, sampling or Sampling(), ends, cancelled or Event())
+
+    def check_room(self, prompt_ids: npt.ArrayLike) -> Int64Array:
+        """`prompt_ids` as int64 [seq], once an answer is known to have room behind it; raises as `stream`."""
         model = self.manifest.model
         prompt = checked_ids(prompt_ids, model, dimensions=1)
         if len(prompt) >= model.context_length:
@@ -115,8 +128,7 @@ class Bundle:
                 f"the prompt has {len(prompt)} tokens and the model's context {model.context_length}, "
                 "which must hold the answer too. Shorten the prompt."
             )
-        ends = set(model.eos_token_ids) if stop_at_eos else set()
-        return self._decode(prompt, sampling or Sampling(), ends)
+        return prompt
 
     def best_tokens(self, prompt_ids: npt.ArrayLike, answer_ids: npt.ArrayLike) -> Iterator[int]:
         """The most probable token at each step of a given answer, which is read instead of the own one.
@@ -168,14 +180,20 @@ class Bundle:
             return self.tokenizer.encode(prompt)
         return self.tokenizer.encode(self.render_chat(prompt), add_special_tokens=False)
 
-    def _decode(self, prompt: Int64Array, sampling: Sampling, ends: set[int]) -> Iterator[int]:
+    def _decode(
+        self, prompt: Int64Array, sampling: Sampling, ends: set[int], cancelled: Event
+    ) -> Generator[int]:
         capacity = min(len(prompt) + sampling.max_new_tokens, self.manifest.model.context_length)
         decoding = Decoding(self._decoder, capacity)
         sampler = Sampler(sampling)
         history = prompt.tolist()
         unread = prompt
         while len(history) < capacity:
-            token = sampler.choose(history, decoding.read(unread))
+            for piece in in_pieces(unread):
+                if cancelled.is_set():
+                    return
+                logits = decoding.read(piece)
+            token = sampler.choose(history, logits)
             history.append(token)
             yield token
             if token in ends:

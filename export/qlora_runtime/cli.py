@@ -88,7 +88,8 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def run_generate(options: argparse.Namespace) -> int:
     """One answer to stdout as it comes, or a file of answers."""
-    from qlora_runtime.console import answer_file, as_messages, open_for_use, sampling_from, say
+    from qlora_runtime.batch import answer_file
+    from qlora_runtime.console import as_messages, open_for_use, sampling_from, say
     from qlora_runtime.errors import ArgumentError
 
     if (options.file is None) != (options.output is None):
@@ -98,7 +99,8 @@ def run_generate(options: argparse.Namespace) -> int:
     sampling = sampling_from(options)
     bundle = open_for_use(options)
     if options.file is not None:
-        answer_file(bundle, options.file, options.output, sampling)
+        if done := answer_file(bundle, options.file, options.output, sampling):
+            print(f"qlora-runtime: {done} rows were answered before.", file=sys.stderr)
     else:
         chat = as_messages(options.system, options.chat) if options.chat is not None else None
         say(bundle, chat or options.prompt, sampling)
@@ -161,6 +163,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 keeps all tokens (default)")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 keeps all tokens (default)")
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is none (default)"
     )

@@ -4,14 +4,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from qlora_runtime.atomic import atomic_file
 from qlora_runtime.bundle import Bundle
 from qlora_runtime.chat import Message
-from qlora_runtime.errors import ArgumentError
-from qlora_runtime.generate import TextStream, generate, stream_text
+from qlora_runtime.generate import TextStream, stream_text
 from qlora_runtime.sampling import Sampling
 from qlora_runtime.schema import Manifest, Verification
 from qlora_runtime.task import task_to_json
@@ -26,6 +23,7 @@ def sampling_from(options: argparse.Namespace) -> Sampling:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
         stop=options.stop,
@@ -65,46 +63,6 @@ def converse(bundle: Bundle, system: str | None, sampling: Sampling) -> None:
     while line := _ask():
         messages.append({"role": "user", "content": line})
         messages.append({"role": "assistant", "content": say(bundle, messages, sampling)})
-
-
-def answer_file(bundle: Bundle, prompts: Path, answers: Path, sampling: Sampling) -> None:
-    """Answer each line of `prompts`; `answers` appears whole when all are done, or not at all.
-
-    Raises:
-        ArgumentError: a line is not {"prompt": TEXT} or {"messages": [...]}; nothing has been run then.
-    """
-    todo = list(read_prompts(prompts))
-    with atomic_file(answers) as file:
-        for prompt in todo:
-            completion = generate(bundle, prompt, sampling)
-            asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
-            line = asked | {
-                "text": completion.text,
-                "token_ids": completion.token_ids,
-                "finish_reason": completion.finish_reason,
-                "prompt_tokens": completion.prompt_tokens,
-            }
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-
-
-def read_prompts(path: Path) -> Iterator[str | list[Message]]:
-    """The prompts in a JSON Lines file; empty lines are passed over. Errors name the file and the line."""
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ArgumentError(f"{path}, line {number}: not JSON ({error}).") from error
-        if isinstance(row, dict) and set(row) == {"prompt"} and isinstance(row["prompt"], str):
-            yield row["prompt"]
-        elif isinstance(row, dict) and set(row) == {"messages"} and isinstance(row["messages"], list):
-            yield row["messages"]
-        else:
-            raise ArgumentError(
-                f'{path}, line {number}: expected {{"prompt": TEXT}} or {{"messages": [...]}}, got '
-                f"{line[:80]}"
-            )
 
 
 def print_info(manifest: Manifest, as_json: bool) -> None:

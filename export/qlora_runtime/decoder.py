@@ -111,6 +111,11 @@ class Decoder:
             )
 
 
+def in_pieces(token_ids: Int64Array) -> list[Int64Array]:
+    """[seq] cut into pieces of PREFILL_TOKENS and a rest."""
+    return [token_ids[start : start + PREFILL_TOKENS] for start in range(0, len(token_ids), PREFILL_TOKENS)]
+
+
 class Decoding:
     """One sequence being decoded: the tokens read so far live in a cache that is written in place."""
 
@@ -137,8 +142,8 @@ class Decoding:
         if not 0 < len(token_ids) <= self._capacity - self._length:
             room = self._capacity - self._length
             raise ValueError(f"{len(token_ids)} tokens to read, the cache has room for {room}")
-        for start in range(0, len(token_ids), PREFILL_TOKENS):
-            logits = self._read_piece(token_ids[start : start + PREFILL_TOKENS])
+        for piece in in_pieces(token_ids):
+            logits = self._read_piece(piece)
         return logits
 
     def _read_piece(self, token_ids: Int64Array) -> FloatArray:

@@ -1,7 +1,8 @@
 """Text from prompts and chats."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Literal
 
 from qlora_runtime.bundle import Bundle
@@ -37,10 +38,16 @@ def generate(bundle: Bundle, prompt: str | Sequence[Message], sampling: Sampling
 
 
 def stream_text(
-    bundle: Bundle, prompt: str | Sequence[Message], sampling: Sampling | None = None
+    bundle: Bundle,
+    prompt: str | Sequence[Message],
+    sampling: Sampling | None = None,
+    cancelled: Event | None = None,
 ) -> "TextStream":
-    """As `generate`, piece by piece: iterate over it, then read its `token_ids` and `finish_reason`."""
-    return TextStream(bundle, bundle.encode_prompt(prompt), sampling or Sampling())
+    """As `generate`, piece by piece: iterate over it, then read its `token_ids` and `finish_reason`.
+
+    Once `cancelled` is set, by another thread, no more tokens are drawn.
+    """
+    return TextStream(bundle, bundle.encode_prompt(prompt), sampling or Sampling(), cancelled)
 
 
 class TextStream(Iterator[str]):
@@ -49,11 +56,17 @@ class TextStream(Iterator[str]):
     They are whole characters, and hold nothing that could still be the beginning of a stop string.
     """
 
-    def __init__(self, bundle: Bundle, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        cancelled: Event | None = None,
+    ) -> None:
         self.prompt_tokens = len(prompt_ids)
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason = "length"  # holds once the stream has ended
-        self._tokens = bundle.stream(prompt_ids, sampling)
+        self._tokens = bundle.stream(prompt_ids, sampling, cancelled=cancelled)
         self._detokenizer = bundle.tokenizer.detokenizer()
         self._ends = set(bundle.manifest.model.eos_token_ids)
         self._sampling = sampling
@@ -62,7 +75,12 @@ class TextStream(Iterator[str]):
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _run(self) -> Iterator[str]:
+    def close(self) -> None:
+        """Break off: the cache is freed, and no more pieces come."""
+        self._pieces.close()
+        self._tokens.close()
+
+    def _run(self) -> Generator[str]:
         held = ""
         for token in self._tokens:
             self.token_ids.append(token)
@@ -79,7 +97,11 @@ class TextStream(Iterator[str]):
             held = held[certain:]
         if self.finish_reason == "length" and len(self.token_ids) < self._sampling.max_new_tokens:
             self.finish_reason = "context"
-        yield from _if_any(held + self._detokenizer.flush())
+        held += self._detokenizer.flush()
+        # A stop string may stand before the first bytes of a character that never was finished.
+        if (at := find_stop(held, self._sampling.stop)) is not None:
+            self.finish_reason, held = "stop", held[:at]
+        yield from _if_any(held)
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int | None:

@@ -1,6 +1,6 @@
 """Choosing the next token: the same adjustments, in the same order, as transformers' `generate`.
 
-Repetition penalty, then temperature, then top-k, then top-p, then one draw.
+Repetition penalty, then temperature, then top-k, then top-p, then min-p, then one draw.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ class Sampling:
     temperature: float = 0.0  # 0: always the most probable token; else above 0
     top_k: int = 0  # keep the k most probable tokens; 0: keep all
     top_p: float = 1.0  # keep the most probable tokens that make up this probability; above 0, up to 1
+    min_p: float = 0.0  # keep tokens at least this share as probable as the best; 0 (all) to 1 (the best)
     repetition_penalty: float = 1.0  # divides the logits of tokens already seen; above 0, 1 changes nothing
     seed: int | None = None  # at least 0: the same seed draws the same tokens; None: other ones each time
     stop: Sequence[str] = ()  # the answer ends before the first of these texts
@@ -39,6 +40,7 @@ class Sampling:
         _require(
             "top_p", self.top_p, "above 0 and up to 1", _in_range(self.top_p, 0.0, 1.0) and self.top_p > 0
         )
+        _require("min_p", self.min_p, "from 0 to 1", _in_range(self.min_p, 0.0, 1.0))
         penalty = self.repetition_penalty
         _require(
             "repetition_penalty", penalty, "above 0", _in_range(penalty, 0.0, float("inf")) and penalty > 0
@@ -97,6 +99,8 @@ def adjust(sampling: Sampling, history: Sequence[int], logits: FloatArray) -> Fl
         keep_top_k(scores, sampling.top_k)
     if sampling.top_p < 1.0:
         keep_top_p(scores, sampling.top_p)
+    if sampling.min_p > 0:
+        keep_min_p(scores, sampling.min_p)
     return scores
 
 
@@ -120,6 +124,11 @@ def keep_top_p(scores: FloatArray, p: float) -> None:
     drop = running <= 1.0 - p
     drop[-1] = False  # the most probable token always stays
     scores[ascending[drop]] = -np.inf
+
+
+def keep_min_p(scores: FloatArray, p: float) -> None:
+    """In place: drop tokens less than `p` times as probable as the most probable one (arXiv:2407.01082)."""
+    scores[np.exp(scores - scores.max()) < np.float32(p)] = -np.inf
 
 
 def _require(name: str, value: Any, allowed: str, holds: bool) -> None:

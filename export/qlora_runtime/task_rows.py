@@ -24,7 +24,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     Raises:
         ArgumentError: another ending, no rows, or a row that cannot be read; names file and line.
     """
-    return _some(path, _json_rows(path) if ending_of(path) == JSONL else _table_rows(path))
+    return _some(path, json_rows(path) if ending_of(path) == JSONL else _table_rows(path))
 
 
 def ending_of(path: Path) -> str:
@@ -96,7 +96,12 @@ def _header(path: Path, cells: list[str]) -> list[str]:
     return cells
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """(place, row) of each row of a JSON Lines file, one at a time; empty lines are passed over.
+
+    Raises:
+        ArgumentError: a line is no JSON object; names file and line.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

@@ -1,9 +1,13 @@
 """Text from prompts and chats, and where it ends."""
 
+import weakref
+from threading import Event
+
 import pytest
 from qlora_runtime import Sampling, stream_text
+from qlora_runtime import decoder as decoder_module
 from qlora_runtime.errors import PromptTooLongError
-from qlora_runtime.generate import find_stop, generate, unsure_length
+from qlora_runtime.generate import TextStream, find_stop, generate, unsure_length
 
 from .tiny import CONTEXT_LENGTH, EOS
 
@@ -98,3 +102,57 @@ def test_finding_the_first_stop(text, stops, at):
 )
 def test_what_could_still_become_a_stop(text, stops, length):
     assert unsure_length(text, stops) == length
+
+
+def test_a_stop_string_before_an_unfinished_character_is_not_given_out(bundle):
+    """The text waits for the character's other bytes; where they never come, the stop string still counts."""
+    sampling = Sampling(max_new_tokens=24)
+    tokens = bundle.tokenizer.encode("stone") + bundle.tokenizer.encode("é")[:1]
+    stream = TextStream(bundle, bundle.encode_prompt(PROMPT), Sampling(max_new_tokens=24, stop=["one"]))
+    stream._tokens = (token for token in tokens)
+    assert "".join(stream) == "st"
+    assert stream.finish_reason == "stop"
+    stream = TextStream(bundle, bundle.encode_prompt(PROMPT), sampling)
+    stream._tokens = (token for token in tokens)
+    assert "".join(stream) == "stone\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("start", range(0, 20, 3))
+@pytest.mark.parametrize("length", [1, 2, 5, 9])
+def test_no_piece_holds_a_stop_string_wherever_its_tokens_begin(bundle, whole, start, length):
+    stop = whole.text[start : start + length]
+    pieces = list(stream_text(bundle, PROMPT, Sampling(max_new_tokens=24, stop=[stop])))
+    assert "".join(pieces) == whole.text[: whole.text.index(stop)]
+
+
+def test_a_stream_that_is_closed_frees_its_cache(bundle, monkeypatch):
+    real, born = bundle._decoder.empty_cache, []
+
+    def empty_cache(batch: int, capacity: int):
+        values = real(batch, capacity)
+        born.extend(weakref.ref(value) for value in values)
+        return values
+
+    monkeypatch.setattr(bundle._decoder, "empty_cache", empty_cache)
+    stream = stream_text(bundle, PROMPT)
+    next(stream)
+    assert born and all(value() is not None for value in born)
+    stream.close()
+    assert all(value() is None for value in born)
+    assert list(stream) == []
+
+
+def test_a_stream_that_is_cancelled_reads_no_further_piece_of_its_prompt(bundle, monkeypatch):
+    monkeypatch.setattr(decoder_module, "PREFILL_TOKENS", 2)
+    cancelled, read = Event(), []
+    real = decoder_module.Decoding.read
+
+    def read_and_cancel(self, ids):
+        read.append(len(ids))
+        if len(read) == 2:
+            cancelled.set()
+        return real(self, ids)
+
+    monkeypatch.setattr(decoder_module.Decoding, "read", read_and_cancel)
+    assert list(bundle.stream(range(5, 15), cancelled=cancelled)) == []
+    assert read == [2, 2]

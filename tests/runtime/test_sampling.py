@@ -8,6 +8,7 @@ from qlora_runtime.errors import ArgumentError, ModelOutputError
 from qlora_runtime.sampling import Sampler, adjust
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -32,14 +33,17 @@ def random_logits(seed: int) -> np.ndarray:
         (Sampling(temperature=1.0, top_k=VOCAB + 1), [TopKLogitsWarper(VOCAB + 1)]),
         (Sampling(temperature=1.0, top_p=0.9), [TopPLogitsWarper(0.9)]),
         (Sampling(temperature=1.0, top_p=1e-6), [TopPLogitsWarper(1e-6)]),
+        (Sampling(temperature=1.0, min_p=0.03), [MinPLogitsWarper(0.03)]),
+        (Sampling(temperature=1.0, min_p=1.0), [MinPLogitsWarper(1.0)]),
         (Sampling(temperature=1.0, repetition_penalty=1.4), [RepetitionPenaltyLogitsProcessor(1.4)]),
         (
-            Sampling(temperature=1.7, top_k=50, top_p=0.8, repetition_penalty=1.2),
+            Sampling(temperature=1.7, top_k=50, top_p=0.8, min_p=0.05, repetition_penalty=1.2),
             [
                 RepetitionPenaltyLogitsProcessor(1.2),
                 TemperatureLogitsWarper(1.7),
                 TopKLogitsWarper(50),
                 TopPLogitsWarper(0.8),
+                MinPLogitsWarper(0.05),
             ],
         ),
     ],
@@ -102,6 +106,8 @@ def test_the_same_seed_draws_the_same_tokens(bundle):
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.01),
+        ("min_p", -0.1),
+        ("min_p", 1.01),
         ("repetition_penalty", 0.0),
         ("seed", -1),
         ("stop", "text"),
