@@ -28,10 +28,15 @@ class BaseSection(Section):
     """A hub id, a local folder, or a .gguf file."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    quant: Literal["nf4", "fp4", "int8", "none"] = "nf4"
-    """How the frozen linear layers are stored (bitsandbytes); none keeps 16 or 32 bit."""
+    quant: Literal["nf4", "fp4", "int8", "int4", "none"] = "nf4"
+    """How the frozen linear layers are stored: nf4, fp4 and int8 are bitsandbytes', int4 is onnxruntime's own grid, so
+    that the codes trained on are the codes that ship; none keeps 16 or 32 bit."""
     double_quant: bool = True
-    """Quantize the 4-bit block statistics too (saves 0.37 bits a weight)."""
+    """Quantize the 4-bit block statistics too (saves 0.37 bits a weight); nf4 and fp4 only."""
+    block_size: Literal[32, 64, 128] = 32
+    """Weights of an int4 base that share a scale and a zero point: 5.1, 4.6 or 4.3 bits a weight."""
+    int4_algorithm: Literal["rtn", "hqq"] = "hqq"
+    """Rounded to the nearest, or with scales fitted so that most errors get smaller (Badri & Shaji 2023)."""
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Dtype of activations and matrix products; fp16 adds loss scaling."""
     trust_remote_code: bool = False
@@ -103,7 +108,7 @@ class DistillSection(Section):
     """`base`: the unquantized base guides its quantized self; or a hub id, folder or GGUF with the same tokens."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    quant: Literal["nf4", "fp4", "int8", "none"] = "none"
+    quant: Literal["nf4", "fp4", "int8", "int4", "none"] = "none"
     """How the teacher's linear layers are stored."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """Softens both sides' probabilities (Hinton et al. 2015)."""

@@ -29,11 +29,19 @@ def _length_problems(recipe: Recipe) -> list[str]:
     if recipe.adapter.trains_all and recipe.base.quant != "none":
         got = f"got {recipe.base.quant}; codes cannot be trained"
         problems.append(f"adapter.method {recipe.adapter.method} needs base.quant: none ({got})")
+    problems += _int4_problems(recipe)
     if _calibrates(recipe) and data.streaming:
         problems.append("adapter.calibration_rows needs rows that are read first: leave it out, or data.streaming")
     if train.early_stopping_patience and not train.eval_every:
         problems.append("train.early_stopping_patience needs train.eval_every")
     return problems
+
+
+def _int4_problems(recipe: Recipe) -> list[str]:
+    """Choices that only an int4 base has."""
+    base, fields = recipe.base, type(recipe.base).model_fields
+    chosen = [name for name in ("block_size", "int4_algorithm") if getattr(base, name) != fields[name].default]
+    return [f"base.{name} needs base.quant: int4 (got {base.quant})" for name in chosen if base.quant != "int4"]
 
 
 def _calibrates(recipe: Recipe) -> bool:

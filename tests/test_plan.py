@@ -19,6 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_kit.adapters.inject import trainable_parameters
 from qlora_kit.adapters.methods import METHODS
 from qlora_kit.errors import AdapterError, ModelError
+from qlora_kit.model.int4_blocks import Int4Grid
+from qlora_kit.model.load import load_base
+from qlora_kit.model.quantized import QuantizedLinear
+from qlora_kit.model.source import find_base
 from qlora_kit.plan import ARCHITECTURES, device_here, find_config, model_shapes, plan, print_plan
 from qlora_kit.plan.memory import Device, optimizer_bytes
 from qlora_kit.plan.show import format_bytes
@@ -79,6 +83,18 @@ def test_base_bytes_are_those_bitsandbytes_stores(base: dict[str, Any], saved_ll
             tensors.append(weight.SCB)  # type: ignore[attr-defined]
     stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     found = plan(recipe_of(base={"model": "tiny", **base}), find_config(BaseSection(model=str(saved_llama))))
+    names = ("linear layers", "embeddings", "output head", "norms and biases")
+    assert sum(parts(found)[name] for name in names) == stored
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_base_bytes_of_int4_are_those_of_its_blocks(block_size: int, saved_llama: Path) -> None:
+    grid = Int4Grid(block_size, "rtn")
+    model = load_base(find_base(str(saved_llama)), "int4", compute_dtype=torch.bfloat16, grid=grid)
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    stored += sum(module.stored_bytes() for module in model.modules() if isinstance(module, QuantizedLinear))
+    base = {"model": "tiny", "quant": "int4", "block_size": block_size}
+    found = plan(recipe_of(base=base), find_config(BaseSection(model=str(saved_llama))))
     names = ("linear layers", "embeddings", "output head", "norms and biases")
     assert sum(parts(found)[name] for name in names) == stored
 

@@ -202,7 +202,7 @@ class Loftq(SvdStart[LoftqSettings]):
         if plan.kind == "none":
             raise AdapterError(
                 "adapter.method loftq makes up for what quantization loses, and base.quant none loses nothing",
-                fix="Set base.quant to nf4, fp4 or int8, or take adapter.method pissa or lora",
+                fix="Set base.quant to nf4, fp4, int8 or int4, or take adapter.method pissa or lora",
             )
 
     def changes(self, targets: list[str]) -> list[str]:

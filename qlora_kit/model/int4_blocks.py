@@ -7,6 +7,7 @@ point), codes and zero points 0 to 15. Zero points are integers because its fast
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,6 +18,20 @@ BLOCK_SIZES = (32, 64, 128)
 Algorithm = Literal["rtn", "hqq"]
 _TOP = 15  # the largest code
 _AT_ONCE = 2**18  # weights expanded or quantized together: their intermediates stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class Int4Grid:
+    """How a weight is brought into blocks."""
+
+    block_size: int = 32
+    """Elements that share a scale and a zero point: 32, 64 or 128."""
+    algorithm: Algorithm = "hqq"
+    """`rtn` rounds to the nearest of 16 levels between a block's extremes (and zero); `hqq` then moves the levels
+    together, so that small errors become smaller at the cost of outliers (see `_half_quadratic`)."""
+
+
+INT4_GRID = Int4Grid()
 
 
 class Int4Blocks(NamedTuple):
@@ -31,20 +46,14 @@ class Int4Blocks(NamedTuple):
 
 
 @torch.no_grad()
-def quantize_int4(weight: Tensor, block_size: int, algorithm: Algorithm) -> Int4Blocks:
-    """The codes of a weight [out, in] of any float dtype, on its device, computed in fp32.
-
-    Args:
-        block_size: 32, 64 or 128.
-        algorithm: `rtn` rounds to the nearest of 16 levels between a block's extremes (and zero); `hqq` then moves
-            the levels together, so that small errors become smaller at the cost of outliers (see `_half_quadratic`).
-    """
+def quantize_int4(weight: Tensor, grid: Int4Grid) -> Int4Blocks:
+    """The codes of a weight [out, in] of any float dtype, on its device, computed in fp32."""
     parts = []
     for rows in weight.split(_rows_at_once(weight.shape[1])):
-        padded = F.pad(rows.float(), (0, -rows.shape[1] % block_size))  # zero is among the levels of every block
-        blocks = padded.view(len(rows), -1, block_size)
+        fill = -rows.shape[1] % grid.block_size  # with zeros, which are among the levels of every block
+        blocks = F.pad(rows.float().contiguous(), (0, fill)).view(len(rows), -1, grid.block_size)
         scales, zeros = _spanned(blocks)
-        if algorithm == "hqq":
+        if grid.algorithm == "hqq":
             scales = _half_quadratic(blocks, scales, zeros)
         codes = _nearest_codes(blocks, scales, zeros)
         parts.append(Int4Blocks(_packed(codes), scales.squeeze(2), _packed(zeros.squeeze(2))))
@@ -62,12 +71,6 @@ def dequantize_int4(blocks: Int4Blocks, in_features: int, dtype: torch.dtype) ->
         levels = _unpacked(blocks.codes[rows]).view(torch.int8) - zeros[rows].view(torch.int8)[..., None]
         torch.mul(levels.float(), blocks.scales[rows][..., None], out=weight[rows])
     return weight.view(out_features, -1)[:, :in_features].contiguous()
-
-
-def stored_int4_bytes(in_features: int, out_features: int, block_size: int) -> int:
-    """Bytes of codes, scales and zero points."""
-    blocks = -(-in_features // block_size)
-    return out_features * (blocks * block_size // 2 + 4 * blocks + -(-blocks // 2))
 
 
 def _spanned(blocks: Tensor) -> tuple[Tensor, Tensor]:

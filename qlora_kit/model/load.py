@@ -21,7 +21,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.quantize import plan_quantization, unquantized_names
+from qlora_kit.model.int4_blocks import INT4_GRID, Int4Grid
+from qlora_kit.model.int4_loading import Int4Config
+from qlora_kit.model.quantize import Quantization, plan_quantization, unquantized_names
 from qlora_kit.model.quantized import own_quantized_layers
 from qlora_kit.model.source import BaseSource
 from qlora_kit.model.weights import first_line, refuse_missing_weights
@@ -55,16 +57,18 @@ def load_base(
     trust_remote_code: bool = False,
     quantize_later: bool = False,
     architecture: Architecture = CAUSAL_LM,
+    grid: Int4Grid = INT4_GRID,
 ) -> PreTrainedModel:
     """The base model, in evaluation mode, nothing trainable.
 
     Args:
-        quant: nf4, fp4, int8 (linear layers but the head become QuantizedLinear) or none.
+        quant: nf4, fp4, int8, int4 (linear layers but the head become QuantizedLinear) or none.
         double_quant: quantize the 4-bit statistics too.
         compute_dtype: of everything that is not quantized, and of activations.
         skip_modules: names of linear layers to leave unquantized, beside the head.
         quantize_later: load it whole; the adapter's method quantizes it (see `plan_quantization`).
         architecture: which model is made; the weights of a fresh head are torch's random numbers.
+        grid: of int4.
 
     Raises:
         ModelError: the folder cannot be read as such a model, or weights are missing in it.
@@ -73,12 +77,13 @@ def load_base(
     if architecture.fresh_head:
         skip_modules = [*(skip_modules or []), *head_modules(_empty(source, trust_remote_code, architecture))]
     now = "none" if quantize_later else quant
-    model = _from_pretrained(source, options, (now, double_quant), skip_modules, trust_remote_code, architecture)
+    kind = Quantization(now, double_quant, grid=grid)
+    model = _from_pretrained(source, options, kind, skip_modules, trust_remote_code, architecture)
     replaced = own_quantized_layers(model)
     if now != "none" and not replaced:
         raise ModelError(f"base.model {source.reference} has no linear layer to quantize", fix="Set base.quant=none")
     if quantize_later:
-        plan_quantization(model, quant, double_quant, skip_modules)
+        plan_quantization(model, quant, double_quant, skip_modules, grid)
     model.requires_grad_(False)
     return model.eval()
 
@@ -86,18 +91,17 @@ def load_base(
 def _from_pretrained(
     source: BaseSource,
     options: dict[str, Any],
-    quant: tuple[str, bool],
+    quant: Quantization,
     skip_modules: list[str] | None,
     trust_remote_code: bool,
     architecture: Architecture,
 ) -> PreTrainedModel:
     """The model as transformers loads it, whole or not at all."""
-    kind, double_quant = quant
     try:
-        if kind != "none":
+        if quant.kind != "none":
             empty = _empty(source, trust_remote_code, architecture) if skip_modules else None
             keep = unquantized_names(empty, skip_modules) if empty is not None and skip_modules else None
-            options["quantization_config"] = _bitsandbytes_config(kind, double_quant, options["dtype"], keep)
+            options["quantization_config"] = _quantization_config(quant, options["dtype"], keep)
         with _no_report():
             loaded: Any = getattr(transformers, architecture.auto_class).from_pretrained(
                 source.folder,
@@ -179,15 +183,17 @@ def to_reference(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def _bitsandbytes_config(
-    quant: str, double_quant: bool, compute_dtype: torch.dtype, keep: list[str] | None
-) -> BitsAndBytesConfig:
-    if quant == "int8":
+def _quantization_config(
+    quant: Quantization, compute_dtype: torch.dtype, keep: list[str] | None
+) -> BitsAndBytesConfig | Int4Config:
+    if quant.kind == "int4":
+        return Int4Config(quant.grid, keep)
+    if quant.kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=quant,
-        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_type=quant.kind,
+        bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=keep,
     )

@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.int4_blocks import INT4_GRID, Int4Grid, quantize_int4
 from qlora_kit.model.quantized import QuantizedLinear, bnb
 
 
@@ -24,14 +25,17 @@ class Quantization:
     """How a base is quantized, and the full names of the layers that are."""
 
     kind: str = "none"
-    """nf4, fp4, int8 or none."""
+    """nf4, fp4, int8, int4 or none."""
     double_quant: bool = True
     names: frozenset[str] = frozenset()
+    grid: Int4Grid = INT4_GRID
 
     def quantize(self, weight: Tensor, bias: nn.Parameter | None) -> QuantizedLinear:
         """A layer of the codes and statistics that loading gives for `weight` [out, in], of a float dtype, on its
         device; `bias` [out] stays as it is."""
         out_features, in_features = weight.shape
+        if self.kind == "int4":
+            return QuantizedLinear.from_int4(quantize_int4(weight, self.grid), in_features, bias)
         layer: Any
         with torch.device("meta"):  # the weight that bitsandbytes would make is never there
             if self.kind == "int8":
@@ -48,7 +52,9 @@ class Quantization:
         return QuantizedLinear.from_bitsandbytes(layer)
 
 
-def plan_quantization(model: Any, kind: str, double_quant: bool, skip_modules: list[str] | None) -> None:
+def plan_quantization(
+    model: Any, kind: str, double_quant: bool, skip_modules: list[str] | None, grid: Int4Grid = INT4_GRID
+) -> None:
     """Marks a whole model, in place, with the quantization that loading it so would have given.
 
     Args:
@@ -66,7 +72,7 @@ def plan_quantization(model: Any, kind: str, double_quant: bool, skip_modules: l
     )
     if kind != "none" and not names:
         raise ModelError("the base has no linear layer to quantize", fix="Set base.quant=none")
-    model.planned_quantization = Quantization(kind, double_quant, frozenset() if kind == "none" else names)
+    model.planned_quantization = Quantization(kind, double_quant, frozenset() if kind == "none" else names, grid)
 
 
 def planned_quantization(model: Any) -> Quantization:

@@ -1,6 +1,7 @@
 """Quantized linear layers: the one place that owns codes, statistics and their layout.
 
-bitsandbytes quantizes and dequantizes; its modules' `forward` is never called. On CPUs with AVX512-BF16 the
+bitsandbytes quantizes and dequantizes all kinds but int4 (model/int4_blocks.py); its modules' `forward` is never
+called. On CPUs with AVX512-BF16 the
 first evaluation forward of `Linear4bit` repacks the weight in place and rounds its statistics, after which
 neither training nor saving is right. So a loaded `Linear4bit` or `Linear8bitLt` becomes a `QuantizedLinear`,
 whose buffers nothing ever writes to.
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from qlora_kit.errors import ModelError
 from qlora_kit.kernels.frozen_linear import frozen_linear
 from qlora_kit.kernels.quantize_4bit import quantize_4bit
+from qlora_kit.model.int4_blocks import Int4Blocks, dequantize_int4
+from qlora_kit.model.int4_loading import PendingInt4
 
 
 def _import_bitsandbytes() -> Any:
@@ -58,11 +61,12 @@ if not torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::quantize_4b
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer held as bitsandbytes codes: y = x Wᵀ + b, W expanded for the moment of use.
+    """A frozen linear layer held as codes: y = x Wᵀ + b, W expanded for the moment of use.
 
     Buffers (4 bit): codes uint8 [out*in/2], absmax (uint8 with double quantization, else float32) [blocks],
     code float32 [16], and nested_absmax float32, nested_code float32 [256], offset float32 [] where nested.
-    Buffers (8 bit): codes int8 [out, in], absmax float32 [out]. Weight-only: activations are never rounded.
+    Buffers (8 bit): codes int8 [out, in], absmax float32 [out].
+    Buffers (int4): codes, scales and zero_points of `Int4Blocks`. Weight-only: activations are never rounded.
     """
 
     codes: Tensor
@@ -71,6 +75,8 @@ class QuantizedLinear(nn.Module):
     nested_absmax: Tensor
     nested_code: Tensor
     offset: Tensor
+    scales: Tensor
+    zero_points: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, quant: str, bias: nn.Parameter | None) -> None:
@@ -113,10 +119,26 @@ class QuantizedLinear(nn.Module):
             quantized.register_buffer(name, tensor.detach())
         return quantized
 
+    @classmethod
+    def from_int4(cls, blocks: Int4Blocks, in_features: int, bias: nn.Parameter | None) -> QuantizedLinear:
+        """A layer of the blocks of a weight [out, in_features]."""
+        quantized = cls(in_features, len(blocks.codes), "int4", bias)
+        quantized.block_size = 2 * blocks.codes.shape[2]
+        for name, tensor in blocks._asdict().items():
+            quantized.register_buffer(name, tensor)
+        return quantized
+
+    @property
+    def int4_blocks(self) -> Int4Blocks:
+        """The codes of an int4 layer as MatMulNBits takes them."""
+        return Int4Blocks(self.codes, self.scales, self.zero_points)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], expanded in fp32 and cast once to `dtype`."""
         if self.kept is not None and self.kept.dtype == dtype:
             return self.kept
+        if self.quant == "int4":
+            return dequantize_int4(self.int4_blocks, self.in_features, dtype)
         functional = bnb.functional
         if self.quant == "int8":
             return functional.int8_vectorwise_dequant(self.codes, self.absmax).to(dtype)
@@ -168,21 +190,22 @@ class QuantizedLinear(nn.Module):
 
 
 def own_quantized_layers(model: nn.Module) -> int:
-    """Replaces every bitsandbytes layer of `model` by a `QuantizedLinear`, in place. Returns how many."""
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
-    ]
-    for name, module in layers:
+    """Replaces every layer that was loaded quantized by a `QuantizedLinear`, in place. Returns how many."""
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, PendingInt4)
+    layers: list[tuple[str, Any]] = [(name, part) for name, part in model.named_modules() if isinstance(part, kinds)]
+    for name, layer in layers:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantizedLinear.from_bitsandbytes(module))
-    _forget_bitsandbytes(model)
+        if isinstance(layer, PendingInt4) and layer.blocks is not None:
+            own = QuantizedLinear.from_int4(layer.blocks, layer.in_features, layer.bias)
+        else:
+            own = QuantizedLinear.from_bitsandbytes(layer)
+        setattr(model.get_submodule(parent), child, own)
+    _forget_quantizer(model)
     return len(layers)
 
 
-def _forget_bitsandbytes(model: Any) -> None:
-    """Removes transformers' marks of a bitsandbytes model, which forbid casting and saving."""
+def _forget_quantizer(model: Any) -> None:
+    """Removes transformers' marks of a quantized model, which forbid casting and saving."""
     for mark in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
         model.__dict__.pop(mark, None)
     for mark in ("quantization_config", "_pre_quantization_dtype"):

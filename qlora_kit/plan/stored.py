@@ -1,4 +1,4 @@
-"""Bytes in which bitsandbytes stores weights and optimizer states."""
+"""Bytes in which weights (bitsandbytes', int4) and optimizer states are stored."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ _OPTIMIZER_BLOCK, _MIN_8BIT = 256, 4096
 
 
 def stored_bytes(weights: int, rows: int, base: BaseSection) -> int:
-    """Bytes in which bitsandbytes stores one linear weight: codes and all statistics.
+    """Bytes in which one linear weight is stored: codes and all statistics.
 
     Args:
         weights: numbers in the weight.
         rows: output features; int8 keeps one fp32 statistic a row (Dettmers et al. 2022).
-        base: its `quant` and `double_quant` (Dettmers et al. 2023, section 3).
+        base: its `quant`, `double_quant` (Dettmers et al. 2023, section 3) and `block_size` (model/int4_blocks.py).
     """
     if base.quant == "none":
         return weights * BYTES[base.compute_dtype]
     if base.quant == "int8":
         return weights + 4 * rows
+    if base.quant == "int4":
+        a_row = _ceil(weights // rows, base.block_size)
+        return rows * (a_row * base.block_size // 2 + 4 * a_row + _ceil(a_row, 2))
     blocks = _ceil(weights, _BLOCK)
     statistics = 4 * blocks
     if base.double_quant:

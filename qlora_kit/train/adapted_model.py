@@ -15,10 +15,11 @@ from qlora_kit.adapters.methods import METHODS, method_for
 from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.data.template import resolve_template
 from qlora_kit.errors import TrainingError
+from qlora_kit.model.int4_blocks import Int4Grid
 from qlora_kit.model.load import DTYPES, Architecture, head_modules, load_base, load_tokenizer
 from qlora_kit.model.processor import load_processor
 from qlora_kit.model.source import BaseSource
-from qlora_kit.recipe import Recipe
+from qlora_kit.recipe import BaseSection, Recipe
 from qlora_kit.tasks.registry import task_class
 from qlora_kit.tasks.task import Task
 from qlora_kit.train.checkpoint import newest_checkpoint
@@ -41,6 +42,11 @@ def prepared_tokenizer(recipe: Recipe, folder: Path) -> Any:
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
+
+
+def int4_grid(base: BaseSection) -> Int4Grid:
+    """How the base's weights are brought into blocks where it is int4."""
+    return Int4Grid(base.block_size, base.int4_algorithm)
 
 
 def architecture_of(task: Task[Any]) -> Architecture:
@@ -74,6 +80,7 @@ def load_for_training(
         recipe.base.trust_remote_code,
         quantize_later=METHODS[recipe.adapter.method].replaces_base,
         architecture=architecture_of(task),
+        grid=int4_grid(recipe.base),
     )
     torch.manual_seed(seed_for(recipe.run.seed, "init"))
     if not task.processor:

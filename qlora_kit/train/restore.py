@@ -17,7 +17,7 @@ from qlora_kit.model.source import find_base
 from qlora_kit.recipe import Recipe
 from qlora_kit.tasks.registry import task_class, task_of
 from qlora_kit.tasks.task import Task
-from qlora_kit.train.adapted_model import architecture_of
+from qlora_kit.train.adapted_model import architecture_of, int4_grid
 from qlora_kit.train.determinism import seed_for
 from qlora_kit.train.run_folder import RunFolder
 
@@ -76,6 +76,7 @@ def load_run_base(
         base.trust_remote_code,
         quantize_later=quantize_later,
         architecture=architecture_of(task),
+        grid=int4_grid(base),
     )
     if not task.processor:
         model.config.pad_token_id = load_run_tokenizer(run).pad_token_id

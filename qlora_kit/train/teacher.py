@@ -13,6 +13,7 @@ from qlora_kit.model.load import DTYPES, load_base, load_tokenizer
 from qlora_kit.model.source import BaseSource, find_base
 from qlora_kit.recipe import Recipe
 from qlora_kit.tasks.head import head_gives_logits
+from qlora_kit.train.adapted_model import int4_grid
 from qlora_kit.train.distill import Distillation, OnlineTeacher
 from qlora_kit.train.run_folder import RunFolder
 from qlora_kit.train.teacher_cache import CachedTeacher
@@ -64,6 +65,7 @@ def load_teacher(recipe: Recipe, source: BaseSource, device: torch.device) -> Pr
         compute_dtype=DTYPES[recipe.base.compute_dtype],
         device=device,
         trust_remote_code=recipe.base.trust_remote_code,
+        grid=int4_grid(recipe.base),
     )
     check_distillable(model, f"train.distill.teacher {section.teacher}")
     return model

@@ -17,7 +17,7 @@ from qlora_kit.eval.results import read_results
 from qlora_kit.train.restore import load_tuned
 from qlora_kit.train.run_folder import RunFolder
 
-QUANTS = ("nf4", "int8", "none")
+QUANTS = ("nf4", "int8", "int4", "none")
 FIELDS: dict[str, dict[str, Any]] = {  # beside the defaults; a method that needs nothing has no entry
     "lora": {"rank": 4},
     "dora": {"rank": 4},
@@ -30,6 +30,7 @@ FIELDS: dict[str, dict[str, Any]] = {  # beside the defaults; a method that need
 NOT_ON: dict[tuple[str, str], str] = {
     ("loftq", "none"): "base.quant none loses nothing",
     ("full", "nf4"): "codes cannot be trained",
+    ("full", "int4"): "codes cannot be trained",
     ("full", "int8"): "codes cannot be trained",
 }
 """(method, quant) to words of the refusal."""
@@ -68,8 +69,16 @@ def trained(folder: Path, method: str, quant: str) -> Path:
     return folder / "runs" / "whole"
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("method", METHODS)
+def pairs(*fast: str) -> list[Any]:
+    """Every (method, quant); slow but where `fast` names the quant, or METHOD-QUANT."""
+    return [
+        pytest.param(method, quant, marks=[] if {quant, f"{method}-{quant}"} & {*fast} else pytest.mark.slow)
+        for method in METHODS
+        for quant in QUANTS
+    ]
+
+
+@pytest.mark.parametrize(("method", "quant"), pairs("nf4", "int8", "none", "lora-int4"))
 def test_trained_resumed_and_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, quant: str
 ) -> None:
@@ -89,8 +98,7 @@ def test_trained_resumed_and_scored(
     assert results["tuned"].perplexity.value < results["base"].perplexity.value
 
 
-@pytest.mark.parametrize("quant", ["nf4", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTS[1:])])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "quant"), pairs("nf4"))
 def test_merged_and_exported_or_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, quant: str
 ) -> None:

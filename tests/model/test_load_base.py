@@ -20,7 +20,7 @@ def quantized_names(model: torch.nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
 
 
-@pytest.mark.parametrize("quant", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("quant", ["nf4", "int8", "int4", "none"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_loads_and_learns(tmp_path, arch, quant):
     source = find_base(str(save_tiny_model(tmp_path, arch)))

@@ -17,6 +17,7 @@ from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.peft_format import save_adapter
 from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.errors import ModelError
+from qlora_kit.model.int4_blocks import Int4Grid, quantize_int4
 from qlora_kit.model.load import load_base
 from qlora_kit.model.quantized import QuantizedLinear, expanded, own_quantized_layers
 from qlora_kit.model.source import find_base
@@ -61,7 +62,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}{'-double' * kind[1]}")
+@pytest.fixture(params=[*KINDS, ("int4", False)], ids=lambda kind: f"{kind[0]}{'-double' * kind[1]}")
 def model(request, tiny_llama):
     quant, double = request.param
     model = load_base(find_base(str(tiny_llama)), quant, double, torch.float32)
@@ -153,6 +154,26 @@ def test_gradient_checkpointing_gives_the_same_bits(model):
     found = train_step(model)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grid", [Int4Grid(), Int4Grid(128, "rtn")], ids=str)
+def test_loaded_int4_layers_hold_the_blocks_of_the_weights(tmp_path, arch, dtype, grid):
+    source = find_base(str(save_tiny_model(tmp_path, arch)))
+    plain = load_base(source, "none", compute_dtype=dtype)
+    model = load_base(source, "int4", compute_dtype=dtype, grid=grid)
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    assert len(layers) == (14 if arch == "qwen2" else 8)
+    for name, layer in layers:
+        whole = plain.get_submodule(name)
+        weight = whole.weight.detach().T if arch == "gpt2" else whole.weight.detach()  # Conv1D stores [in, out]
+        wanted = quantize_int4(weight, grid)
+        assert all(torch.equal(found, tensor) for found, tensor in zip(layer.int4_blocks, wanted, strict=True))
+        assert layer.block_size == grid.block_size and layer.quant == "int4"
+        assert (layer.bias is None) == (whole.bias is None)
+        assert whole.bias is None or torch.equal(layer.bias, whole.bias)
+    assert not hasattr(model, "hf_quantizer") and not hasattr(model.config, "quantization_config")
 
 
 @pytest.mark.parametrize("double,statistics", [(True, 128 + 4 * (1 + 256 + 1)), (False, 4 * 128)])

@@ -49,7 +49,9 @@ WRONG = [
     ("run.seed", True, r"\(bool\).*valid integer"),
     ("run.out_dir", None, r"got None \(NoneType\)"),
     ("base.model", "", "at least 1 character"),
-    ("base.quant", "int4", "'nf4', 'fp4', 'int8' or 'none'"),
+    ("base.quant", "int3", "'nf4', 'fp4', 'int8', 'int4' or 'none'"),
+    ("base.block_size", 16, "32, 64 or 128"),
+    ("base.int4_algorithm", "gptq", "'rtn' or 'hqq'"),
     ("base.double_quant", "yes", "valid boolean"),
     ("base.compute_dtype", "float16", "'bf16', 'fp16' or 'fp32'"),
     ("base.trust_remote_code", 1, "valid boolean"),
@@ -137,6 +139,11 @@ def test_a_wrong_value_is_named(field: str, value: Any, words: str) -> None:
         (
             [("adapter.method", "full"), ("base.quant", "none"), ("adapter.modules_to_save", ["norm"])],
             "full trains and saves every module; leave it out",
+        ),
+        ([("base.block_size", 64)], r"base\.block_size needs base\.quant: int4 \(got nf4\)"),
+        (
+            [("base.quant", "int8"), ("base.int4_algorithm", "rtn")],
+            r"base\.int4_algorithm needs base\.quant: int4 \(got int8\)",
         ),
         ([("train.max_steps", None)], "exactly one of max_steps and epochs"),
         ([("train.epochs", 1)], "exactly one of max_steps and epochs"),
