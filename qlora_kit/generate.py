@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,53 @@ def generate_ids(
             **sampling,
         )
     return output[0, len(prompt_ids) :].tolist()
+
+
+@torch.no_grad()
+def generate_greedily(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+) -> list[list[int]]:
+    """The greedy answer to each prompt, as `generate_ids` gives it, the end token included where it was reached.
+
+    Prompts of similar length are read together, padded on the left; behind virtual tokens, and where answers may end
+    with the context, those of the same length.
+    """
+    answers: dict[int, list[int]] = {}
+    reach = max(map(len, prompts), default=0) + max_new_tokens
+    padded = not virtual_tokens(model) and reach <= context_length(model)
+    for places in _batches(prompts, batch_size, padded):
+        longest = max(len(prompts[place]) for place in places)
+        ids = torch.full((len(places), longest), tokenizer.pad_token_id, device=model.device)
+        mask = torch.zeros_like(ids)
+        for row, place in enumerate(places):
+            start = longest - len(prompts[place])
+            ids[row, start:] = torch.tensor(prompts[place])
+            mask[row, start:] = 1
+        room = max(1, min(max_new_tokens, context_length(model) - longest))
+        ends = stop_token_ids(tokenizer)
+        greedy = GenerationConfig(
+            max_new_tokens=room, do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+        )
+        generate: Any = model.generate
+        with plain_generation(model):
+            found = generate(input_ids=ids, attention_mask=mask, generation_config=greedy, use_cache=True)
+        for place, answer in zip(places, found[:, longest:].tolist()):
+            end = next((k for k, token in enumerate(answer) if token in ends), len(answer) - 1)
+            answers[place] = answer[: end + 1]
+    return [answers[place] for place in range(len(prompts))]
+
+
+def _batches(prompts: Sequence[list[int]], batch_size: int, padded: bool) -> Iterator[list[int]]:
+    """Places of the prompts, in batches of similar length, or of the same where they are not padded."""
+    order = sorted(range(len(prompts)), key=lambda place: (len(prompts[place]), place))
+    groups = [order] if padded else [list(same) for _, same in groupby(order, key=lambda place: len(prompts[place]))]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from qlora_kit.data.masking import Encoded
 from qlora_kit.data.template import stop_token_ids
 from qlora_kit.errors import EvalError
 from qlora_kit.export.verify import log_softmax
-from qlora_kit.generate import decode, generate_ids
+from qlora_kit.generate import decode, generate_greedily
 from qlora_kit.model.quantized import expanded
 from qlora_kit.tasks.loss import row_losses
 
@@ -46,7 +46,8 @@ class TorchScorer:
 
     def answers(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
         with expanded(self.model, self.model.dtype):
-            ids = [generate_ids(self.model, self.tokenizer, list(prompt), max_new_tokens) for prompt in prompts]
+            asked = [list(prompt) for prompt in prompts]
+            ids = generate_greedily(self.model, self.tokenizer, asked, max_new_tokens, self.batch_size)
         ends = set(stop_token_ids(self.tokenizer))
         return [decode(self.tokenizer, _until(answer, ends)) for answer in ids]
 
