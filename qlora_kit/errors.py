@@ -58,6 +58,10 @@ class TrainingError(QloraKitError):
     exit_code = 4
 
 
+class OutOfMemory(TrainingError, MemoryError):
+    """Memory, or what `train.memory_limit` allows of it, does not hold even one row's micro batch."""
+
+
 class EvalError(QloraKitError):
     """A metric or benchmark cannot be computed."""
 

@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from qlora_kit.adapters.settings import AnyAdapterSettings, LoraSettings
 from qlora_kit.recipe_checks import disagreements
-from qlora_kit.section import ONE, SEVERAL, Name, Positive, Section, Text, one_or_several
+from qlora_kit.section import ONE, SEVERAL, MemorySize, Name, Positive, Section, Text, one_or_several, size_in_bytes
 from qlora_kit.task_settings import AnyTaskSettings, CausalLmSettings
 
 Schema = Literal["text", "prompt_completion", "alpaca", "messages", "sharegpt"]
@@ -161,8 +161,15 @@ class TrainSection(Section):
     """A teacher's probabilities guide the training beside the labels; null: the labels alone."""
     trackers: list[Literal["tensorboard", "wandb"]] = []
     """Beside metrics.jsonl, through accelerate."""
+    memory_limit: MemorySize | None = None
+    """Most memory of training, as 6GiB or 800MiB; past it, as when memory runs out, micro batches are halved."""
     threads: Positive | None = None
     """CPU threads; all cores when left out. Part of what makes two runs equal to the bit."""
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """train.memory_limit as a number."""
+        return None if self.memory_limit is None else size_in_bytes(self.memory_limit)
 
 
 class EvalSection(Section):

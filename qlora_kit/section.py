@@ -10,11 +10,17 @@ Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+MemorySize = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(GiB|MiB)$")]
 ONE, SEVERAL = "<one>", "<several>"  # which form of a field an error speaks of
 
 
 def one_or_several(value: object) -> str:
     return SEVERAL if isinstance(value, list) else ONE
+
+
+def size_in_bytes(size: str) -> int:
+    """Of a MemorySize, such as 1.5GiB."""
+    return int(float(size[:-3]) * {"GiB": 2**30, "MiB": 2**20}[size[-3:]])
 
 
 TextOrTexts = Annotated[Annotated[Text, Tag(ONE)] | Annotated[list[Text], Tag(SEVERAL)], Discriminator(one_or_several)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_kit.data.masking import Encoded
-from qlora_kit.errors import TrainingError
+from qlora_kit.errors import OutOfMemory, TrainingError
 from qlora_kit.train.session import Session
 
 
@@ -26,20 +26,24 @@ def not_finite(
     )
 
 
-def out_of_memory(session: Session, step: int) -> TrainingError:
-    """What to change, and how the run goes on where there is more memory."""
-    train, data = session.recipe.train, session.recipe.data
-    size, accum = train.micro_batch_size, train.grad_accum_steps
+def out_of_memory(session: Session, step: int, shortage: str) -> OutOfMemory:
+    """What was got, what to change, and how the run goes on where there is more memory."""
+    recipe = session.recipe
+    train, size = recipe.train, session.micro_batches.at(step + 1)
     ways = []
-    if size > 1:
-        ways.append(f"train.micro_batch_size={size // 2} with train.grad_accum_steps={-(-size * accum // (size // 2))}")
+    if size > 1:  # several processes, or an evaluation
+        accum = -(-train.micro_batch_size * train.grad_accum_steps // (size // 2))
+        ways.append(f"train.micro_batch_size={size // 2} with train.grad_accum_steps={accum}")
     if not train.gradient_checkpointing:
         ways.append("train.gradient_checkpointing=true")
-    ways.append(f"data.max_seq_len below {data.max_seq_len}")
-    if session.recipe.eval.batch_size > 1:
-        ways.append(f"eval.batch_size below {session.recipe.eval.batch_size}")
-    return TrainingError(
-        f"too little memory on {session.accelerator.device.type} after step {step}",
+    if recipe.base.quant == "none" and not recipe.adapter.trains_all:
+        ways.append("base.quant=nf4")
+    ways.append(f"data.max_seq_len below {recipe.data.max_seq_len}")
+    if recipe.eval.batch_size > 1:
+        ways.append(f"eval.batch_size below {recipe.eval.batch_size}")
+    return OutOfMemory(
+        f"too little memory on {session.accelerator.device.type} after step {step}, "
+        f"with micro batches of {size} row{'s' if size > 1 else ''}: {shortage}",
         fix=f"Start a new run with {', or '.join(ways)} (`qlora-kit plan` tells what fits). "
         f"Or free some memory. {session.run.how_to_resume()}",
     )

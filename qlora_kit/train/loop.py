@@ -29,6 +29,7 @@ from qlora_kit.train.samples import write_samples
 from qlora_kit.train.saving import publish, save
 from qlora_kit.train.session import Session, start_session
 from qlora_kit.train.signals import StopSignals, stop_signals
+from qlora_kit.train.smaller_batches import in_less_memory, probe_longest
 
 Rows = list[Encoded]
 Batch = dict[str, Tensor]
@@ -72,6 +73,7 @@ def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = Fal
         state = resume_from_checkpoint(session) if resume else begin(session)
         try:
             session.ask_teacher()
+            session.say = progress.say
             progress.start(session, state)
             session.start_trackers()
             with stop_signals() as signals:
@@ -83,7 +85,7 @@ def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = Fal
             raise Interrupted("stopped at once", fix=run.how_to_resume()) from None
         except torch.OutOfMemoryError as error:
             _leave(session, state, "failed")
-            raise out_of_memory(session, state.step) from error
+            raise out_of_memory(session, state.step, str(error)) from error
         except BaseException as error:
             _leave(session, state, "interrupted" if isinstance(error, Interrupted) else "failed")
             raise
@@ -93,6 +95,7 @@ def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = Fal
 
 
 def _all_steps(session: Session, state: TrainState, progress: Progress, signals: StopSignals) -> None:
+    probe_longest(session, state.step + 1)
     while state.step < session.total_steps and not state.stopped_early:
         stats = train_step(session, state.step + 1)
         _after_step(session, state, stats, progress)
@@ -105,21 +108,20 @@ def train_step(session: Session, step: int) -> StepStats:
 
     Raises:
         TrainingError: a loss or gradient is not finite; names the step and the rows.
+        OutOfMemory: not even single rows fit.
     """
     started = time.perf_counter()
     train, optimizer, scaler = session.recipe.train, session.optimizer, session.scaler
     parameters = list(optimizer.parameters.values())
-    rows = [session.batches.next_micro_batch() for _ in range(train.grad_accum_steps)]
-    batches = [session.collate(group) for group in rows]
-    tokens, loss_tokens = _count_tokens(session, batches)
-    loss = _forward_backward(session, step, rows, batches, loss_tokens)
+    rows = [row for _ in range(train.grad_accum_steps) for row in session.batches.next_micro_batch()]
+    loss, tokens, loss_tokens = in_less_memory(session, step, lambda: _gradients(session, step, rows))
 
     scale = scaler.factor
     scaler.unscale(parameters)
     norm = gradient_norm(parameters)
     overflow = not math.isfinite(norm)
     if not math.isfinite(loss) or (overflow and (scale is None or scale < LOWEST_LOSS_SCALE)):
-        raise not_finite(session, step, loss, norm, rows)
+        raise not_finite(session, step, loss, norm, [rows])
     lr = lr_at(step, train.lr, train.schedule, train.warmup_steps, session.total_steps)
     optimizer.set_lr(lr)
     if not overflow:
@@ -130,6 +132,14 @@ def train_step(session: Session, step: int) -> StepStats:
     scaler.update(overflow)
     optimizer.zero_grad()
     return StepStats(loss, lr, norm, tokens, loss_tokens, time.perf_counter() - started, scale, overflow)
+
+
+def _gradients(session: Session, step: int, rows: Rows) -> tuple[float, int, int]:
+    """Adds up the gradients of a step's rows. Returns (mean loss a token, tokens, losses that count)."""
+    groups = session.micro_batches.groups(rows, step)
+    batches = [session.collate(group) for group in groups]
+    tokens, loss_tokens = _count_tokens(session, batches)
+    return _forward_backward(session, step, groups, batches, loss_tokens), tokens, loss_tokens
 
 
 def _count_tokens(session: Session, batches: list[Batch]) -> tuple[int, int]:
@@ -150,11 +160,13 @@ def _forward_backward(session: Session, step: int, rows: list[Rows], batches: li
         last = place == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(session.model):
             losses = session.losses(batch, group)
+            session.memory.check()
             # Processes average their gradients; multiplied by their number they sum.
             loss = losses.sum() / loss_tokens * accelerator.num_processes
             if last and (penalty := session.method.penalty(session.plain)) is not None:
                 loss = loss + penalty
             session.scaler.scaled(loss).backward()
+            session.memory.check()
         loss_sum += losses.detach().sum()
     return accelerator.reduce(loss_sum).item() / loss_tokens
 

@@ -18,6 +18,7 @@ from qlora_kit.model.quantized import QuantizedLinear
 from qlora_kit.model.source import sha256_file
 from qlora_kit.recipe_file import recipe_hash
 from qlora_kit.train.checkpoint import TrainState
+from qlora_kit.train.micro_batches import SMALLER
 from qlora_kit.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def at_start(session: Session) -> dict[str, Any]:
         "machine": machine(session),
         "notes": session.notes,
         "resumes": [],
+        SMALLER: session.micro_batches.smaller,
         "results": {"trainable_params": _trained_weights(session)},
     }
 

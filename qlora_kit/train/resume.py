@@ -10,6 +10,7 @@ from qlora_kit.errors import CheckpointError
 from qlora_kit.train import records
 from qlora_kit.train.checkpoint import Checkpoint, TrainState, checkpoint_folders, newest_checkpoint, step_of
 from qlora_kit.train.growth import resize_adapter
+from qlora_kit.train.micro_batches import SMALLER
 from qlora_kit.train.saving import save
 from qlora_kit.train.session import Session
 from qlora_kit.train.start_from import start_from
@@ -46,6 +47,7 @@ def resume_from_checkpoint(session: Session) -> TrainState:
     Raises:
         CheckpointError: no checkpoint is left, or the run would not go on as it began.
     """
+    session.micro_batches.smaller = [(since, rows) for since, rows in session.run.manifest().get(SMALLER, [])]
     checkpoint, damaged = newest_checkpoint(session.run.checkpoints)
     if checkpoint is None:
         written = session.run.manifest().get("checkpoint")

@@ -25,6 +25,7 @@ FREE_FIELDS = (
     "run.out_dir:",
     "train.trackers:",
     "train.log_every:",
+    "train.memory_limit:",
     "train.save_every:",
     "train.keep_checkpoints:",
     "train.threads:",  # the number itself is checked against the checkpoint's

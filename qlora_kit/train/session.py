@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,8 @@ from qlora_kit.train.devices import make_accelerator, spread
 from qlora_kit.train.distill import Distillation
 from qlora_kit.train.growth import check_growth
 from qlora_kit.train.loss_scale import LossScale
+from qlora_kit.train.memory_limit import MemoryLimit
+from qlora_kit.train.micro_batches import MicroBatches
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.run_folder import RunFolder
 from qlora_kit.train.teacher import start_distillation
@@ -64,6 +66,9 @@ class Session:
     total_steps: int
     threads: int
     notes: list[str]
+    micro_batches: MicroBatches
+    memory: MemoryLimit
+    say: Callable[[str], None] = lambda _: None
     clock: float = field(default_factory=time.perf_counter)
 
     def lap(self) -> float:
@@ -157,6 +162,8 @@ def start_session(recipe: Recipe, run: RunFolder, resume: bool = False) -> Sessi
         total_steps=total_steps,
         threads=threads,
         notes=[*notes, *data.report.warnings()],
+        micro_batches=MicroBatches(recipe.train.micro_batch_size),
+        memory=MemoryLimit(accelerator.device, recipe.train.memory_limit_bytes),
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_runs import adapter_sha256, resume_here, tiny_recipe, tiny_tree, train_here
 
-from qlora_kit.errors import TrainingError
+from qlora_kit.errors import OutOfMemory, TrainingError
 from qlora_kit.recipe_file import parse_recipe
 from qlora_kit.tasks.causal_lm import CausalLm
 from qlora_kit.train.checkpoint import TrainState
@@ -23,32 +23,28 @@ from qlora_kit.train.run_folder import RunFolder
 from qlora_kit.train.session import Session, start_session
 
 
-def fails_at_call(function: Any, number: int) -> Any:
+def fails_at_call(function: Any, number: int, always: bool = False) -> Any:
     """`function`, the memory running out at its `number`-th call."""
     calls = 0
 
     def called(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == number:
+        if calls == number or (always and calls > number):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return function(*arguments)
 
     return called
 
 
-FAILURES = [(Session, "losses", 7, 3), (CausalLm, "row_losses", 3, 6)]
-
-
-@pytest.mark.parametrize(("owner", "name", "call", "step"), FAILURES)
-def test_memory_that_runs_out_is_told_with_what_to_do_and_the_run_goes_on(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, step: int
+def test_memory_that_runs_out_in_an_evaluation_is_told_with_what_to_do_and_the_run_goes_on(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second micro batch of step 4, and in the evaluation after step 6."""
+    """In the evaluation after step 6; see test_train_memory.py for a training step."""
     expected = adapter_sha256(train_here(tiny_recipe(tmp_path, tiny_llama, run={"name": "whole"})).path)
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, fails_at_call(getattr(owner, name), call))
-        with pytest.raises(TrainingError, match=rf"too little memory on cpu after step {step}") as caught:
+        patch.setattr(CausalLm, "row_losses", fails_at_call(CausalLm.row_losses, 3))
+        with pytest.raises(OutOfMemory, match="too little memory on cpu after step 6") as caught:
             train_here(tiny_recipe(tmp_path, tiny_llama))
     run = RunFolder(tmp_path / "runs" / "tiny")
     parts = ["train.micro_batch_size=1 with train.grad_accum_steps=4", "train.gradient_checkpointing=true"]
@@ -70,8 +66,8 @@ def test_rows_that_a_stream_leaves_out_are_counted_and_told(
     rows[3] = json.dumps({"prompt": "stone", "completion": ""})
     path.write_text("\n".join(rows))
     if stops:
-        monkeypatch.setattr(Session, "losses", fails_at_call(Session.losses, 7))
-        with pytest.raises(TrainingError, match="too little memory"):
+        monkeypatch.setattr(Session, "losses", fails_at_call(Session.losses, 7, always=True))
+        with pytest.raises(OutOfMemory, match="too little memory"):
             train_here(parse_recipe(tree))
         monkeypatch.undo()
         manifest = RunFolder(tmp_path / "runs" / "tiny").manifest()
