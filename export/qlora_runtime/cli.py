@@ -60,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     _add_sampling(chat)
 
+    _add_serve(verbs)
+
     _add_task_verb(verbs, "classify", "give texts their labels", "text", "pair")
     _add_task_verb(verbs, "rate", "give texts their numbers", "text", "pair")
     _add_task_verb(verbs, "tag", "tag the words of sentences, and join them to spans", "text")
@@ -114,6 +116,41 @@ def run_chat(options: argparse.Namespace) -> int:
     sampling = sampling_from(options)
     converse(open_for_use(options), options.system, sampling)
     return PASSED
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    """An OpenAI-compatible HTTP endpoint, until SIGTERM or Ctrl-C."""
+    from qlora_runtime.server.run import serve
+
+    serve(options)
+    return PASSED
+
+
+def _add_serve(verbs: Any) -> None:
+    parser = _verb(verbs, "serve", run_serve, "answer over HTTP, as OpenAI's API does, with a chat page")
+    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
+    parser.add_argument("--name", help="the model's id (default: the bundle's folder)")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="what clients must send; QLORA_RUNTIME_API_KEY shows it to nobody"
+    )
+    parser.add_argument("--without-key", action="store_true", help="let other machines ask without a key")
+    limits = {  # option: its default and what it bounds; server/limits.py checks them
+        "--max-body-bytes": (1 << 20, "of a request"),
+        "--max-tokens": (1024, "of an answer"),
+        "--workers": (1, "answers worked on at once"),
+        "--queue": (16, "requests that may wait; more get 429"),
+        "--timeout-s": (300, "for one request, waiting included"),
+        "--body-timeout-s": (20, "for a request's body to come in"),
+        "--max-connections": (256, "open at once; more get 503"),
+        "--grace-s": (30, "for what is begun when the server is told to end"),
+    }
+    for option, (default, about) in limits.items():
+        parser.add_argument(
+            option, type=int, default=default, metavar="N", help=f"{about} (default {default})"
+        )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: onnxruntime's choice)")
+    parser.add_argument("--no-hashes", action="store_true", help="compare file sizes only when opening")
 
 
 def _add_task_verb(verbs: Any, name: str, about: str, *fields: str) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 from qlora_runtime.decoder import FloatArray
 from qlora_runtime.errors import ArgumentError, ModelOutputError
 
+_HIGHEST = 1e38  # a score's, whatever the penalty
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -48,7 +50,8 @@ class Sampling:
         _require(
             "seed", self.seed, "None or an integer of at least 0", self.seed is None or _is_int(self.seed, 0)
         )
-        texts = not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop)
+        listed = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
+        texts = listed and all(isinstance(text, str) and text for text in self.stop)
         _require("stop", self.stop, "a list of non-empty strings", texts)
 
 
@@ -94,7 +97,7 @@ def adjust(sampling: Sampling, history: Sequence[int], logits: FloatArray) -> Fl
         penalize_repetition(scores, history, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return scores
-    scores /= np.float32(sampling.temperature)
+    divide_by_temperature(scores, sampling.temperature)
     if 0 < sampling.top_k < scores.size:
         keep_top_k(scores, sampling.top_k)
     if sampling.top_p < 1.0:
@@ -104,10 +107,21 @@ def adjust(sampling: Sampling, history: Sequence[int], logits: FloatArray) -> Fl
     return scores
 
 
+def divide_by_temperature(scores: FloatArray, temperature: float) -> None:
+    """In place, by a temperature above 0. Where quotients could overflow, the highest is made 0 first."""
+    if temperature < 1e-2 or np.abs(scores).max() > 1e6:
+        scores -= scores.max()
+    with np.errstate(over="ignore"):  # to -inf, which is what is meant
+        scores /= np.float32(max(temperature, 1e-37))
+
+
 def penalize_repetition(scores: FloatArray, history: Sequence[int], penalty: float) -> None:
     """In place: make every token in `history` less probable, whatever its score's sign."""
     seen = np.unique(np.asarray(history, dtype=np.int64))
-    scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    wide = scores[seen].astype(np.float64)
+    with np.errstate(over="ignore"):
+        penalized = np.where(wide < 0, wide * penalty, wide / penalty)
+    scores[seen] = penalized.clip(-_HIGHEST, _HIGHEST)
 
 
 def keep_top_k(scores: FloatArray, k: int) -> None:
@@ -141,5 +155,7 @@ def _is_int(value: Any, lowest: int) -> bool:
 
 
 def _in_range(value: Any, low: float, high: float) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and isfinite(value) and low <= value <= high
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # Integers may be larger than any float, and scores are divided by floats.
+    return low <= value <= high and (isinstance(value, float) or abs(value) < 2**63) and isfinite(value)

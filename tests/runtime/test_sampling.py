@@ -125,3 +125,22 @@ def test_logits_that_are_not_finite_are_an_error(bad):
     logits[17] = bad
     with pytest.raises(ModelOutputError, match="1 logits that are NaN or infinite, after 2 tokens"):
         Sampler(Sampling()).choose([3, 4], logits)
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1e-6, 1e-40, 5e-324, 1e30])
+@pytest.mark.parametrize("penalty", [1.0, 1e-300, 1e300])
+def test_extreme_values_overflow_nowhere(temperature, penalty):
+    """A hundredth of a degree is as good as greedy; a penalty of any size keeps scores finite."""
+    logits = random_logits(3)
+    sampling = Sampling(temperature=temperature, repetition_penalty=penalty, seed=0)
+    scores = adjust(sampling, [1, 2, 3], logits)
+    assert scores.max() < np.inf and not np.isnan(scores).any()
+    drawn = Sampler(sampling).choose([1, 2, 3], logits)
+    if temperature <= 1e-2:
+        assert drawn == adjust(Sampling(repetition_penalty=penalty), [1, 2, 3], logits).argmax()
+
+
+@pytest.mark.parametrize("stop", [3, "ab", None, [3]])
+def test_stop_is_a_list_of_texts(stop):
+    with pytest.raises(ArgumentError, match="list of non-empty strings"):
+        Sampling(stop=stop)

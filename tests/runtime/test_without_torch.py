@@ -98,8 +98,15 @@ def test_it_verifies_there(bare_python, pristine_bundle, tmp_path):
     assert result.stdout.endswith("PASSED\n")
 
 
-def test_the_sources_import_only_what_is_declared():
-    allowed = {"onnxruntime", "numpy", "tokenizers", "jinja2", "qlora_runtime"} | set(sys.stdlib_module_names)
-    for source in PACKAGE.glob("*.py"):
+def test_the_server_says_what_it_needs(bare_python, pristine_bundle, tmp_path):
+    result = run_bare(bare_python, "-m", "qlora_runtime.cli", "serve", str(pristine_bundle), cwd=tmp_path)
+    assert result.returncode == 2
+    assert "is not installed: pip install 'qlora-runtime[serve]'" in result.stderr
+
+
+@pytest.mark.parametrize(("folder", "extra"), [(".", set()), ("server", {"starlette", "uvicorn"})])
+def test_the_sources_import_only_what_is_declared(folder, extra):
+    allowed = {"onnxruntime", "numpy", "tokenizers", "jinja2", "qlora_runtime"} | set(sys.stdlib_module_names) | extra
+    for source in (PACKAGE / folder).glob("*.py"):
         imported = re.findall(r"^\s*(?:from|import)\s+(\w+)", source.read_text(), flags=re.MULTILINE)
         assert set(imported) <= allowed, source
