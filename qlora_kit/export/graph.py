@@ -46,6 +46,21 @@ def build_graph(merged: Path, target: Path, profile: str) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (merged / name).exists():  # the trained tokenizer's own bytes, not the builder's rewriting of them
             shutil.copyfile(merged / name, target / name)
+    _suit_transformers_js(target)
+
+
+def _suit_transformers_js(target: Path) -> None:
+    """What transformers.js reads elsewhere: it knows no chat_template.jinja, and takes onnx/model.onnx for q8."""
+    own = {"dtype": "fp32", "use_external_data_format": True}  # fp32: the name of the file, without an ending
+    _edit_json(target / "config.json", {"transformers.js_config": own})
+    template = target / "chat_template.jinja"
+    if template.exists():
+        _edit_json(target / "tokenizer_config.json", {"chat_template": template.read_text(encoding="utf-8")})
+
+
+def _edit_json(path: Path, change: dict[str, Any]) -> None:
+    value = json.loads(path.read_text(encoding="utf-8")) | change
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def attention_windows(config: dict[str, Any]) -> list[int]:
@@ -72,9 +87,18 @@ def _lay_out(target: Path, windows: list[int]) -> None:
         for attribute in node.attribute:
             if attribute.name == "local_window_size":
                 attribute.i = window
-    onnx.save(graph, target / GRAPH)
-    (target / "model.onnx").unlink()
     path = target / "genai_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    config["model"]["decoder"]["filename"] = GRAPH
+    decoder = config["model"]["decoder"]
+    decoder["filename"] = GRAPH
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _fix_head_size(graph, decoder["head_size"])
+    onnx.save(graph, target / GRAPH)
+    (target / "model.onnx").unlink()
+
+
+def _fix_head_size(graph: onnx.ModelProto, head_size: int) -> None:
+    """The cache's last dimension as a number: transformers.js makes its first, empty cache by these shapes alone."""
+    for value in [*graph.graph.input, *graph.graph.output]:
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[3].dim_value = head_size
