@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.adapters.layer import LinearLayer
+from qlora_kit.adapters.layer import LinearLayer, SideBranch
 from qlora_kit.adapters.lora import LoraLinear, LowRank
 from qlora_kit.adapters.peft_config import read_low_rank_config
 from qlora_kit.adapters.settings import DoraSettings, LowRankSettings
@@ -42,6 +42,10 @@ class DoraLinear(LoraLinear):
         whole = weight + self.delta()
         whole *= (self.lora_magnitude.detach().float() / whole.norm(dim=1).clamp_min(SMALLEST_NORM))[:, None]
         return whole, whole - weight
+
+    def branch(self) -> SideBranch:
+        norms = (self.expand(torch.float32) + self.delta()).norm(dim=1).clamp_min(SMALLEST_NORM)
+        return super().branch()._replace(row_scale=self.lora_magnitude.detach().float() / norms)
 
 
 class Dora(LowRank[DoraSettings]):

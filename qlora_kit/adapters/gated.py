@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qlora_kit.adapters.files import PREFIX, read_files, write_adapter
+from qlora_kit.adapters.layer import SideBranch
 from qlora_kit.adapters.lora import LoraLinear
 from qlora_kit.adapters.peft_config import unscaled_config
 from qlora_kit.errors import AdapterError
@@ -36,6 +37,10 @@ class GatedLinear(LoraLinear):
         """scaling · B diag(g) A, float32 [out, in]."""
         a = self.gates.detach()[:, None] * self.lora_A.detach().float()
         return self.scaling * (self.lora_B.detach().float() @ a)
+
+    def branch(self) -> SideBranch:
+        a, b, _ = super().branch()
+        return SideBranch(a, b * self.gates.detach())
 
 
 def publish_open_ranks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,22 @@ from qlora_kit.model.quantized import QuantizedLinear
 
 LinearLayer = nn.Linear | Conv1D | QuantizedLinear
 LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
+
+
+class SideBranch(NamedTuple):
+    """What an adapter adds to the output of a frozen linear layer: y = row_scale ⊙ (x Wᵀ + (x Aᵀ) Bᵀ), all float32.
+
+    a [rank, in], b [out, rank] with the scaling in it, row_scale [out]; None where nothing is scaled.
+    """
+
+    a: Tensor
+    b: Tensor
+    row_scale: Tensor | None = None
+
+    def rows(self, first: int, count: int) -> SideBranch:
+        """The part for `count` of the output's features."""
+        place = slice(first, first + count)
+        return SideBranch(self.a, self.b[place], None if self.row_scale is None else self.row_scale[place])
 
 
 class AdaptedLayer(nn.Module):
@@ -70,6 +87,16 @@ class AdaptedLinear(AdaptedLayer):
             AdapterError: no plain layer computes the same.
         """
         raise AdapterError(f"{type(self).__name__} cannot be merged", fix="Use the adapter beside its base")
+
+    def branch(self) -> SideBranch:
+        """What it computes beside its frozen layer.
+
+        Raises:
+            AdapterError: that is no low-rank product.
+        """
+        raise AdapterError(
+            f"{type(self).__name__} adds no low-rank product to its frozen layer", fix="Export a merged profile: int8"
+        )
 
 
 def fresh_projection(*shape: int) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.adapters.growth import take_rank
 from qlora_kit.adapters.inject import Kinds, adapted_layers, inject_layers
-from qlora_kit.adapters.layer import LINEAR, AdaptedLayer, AdaptedLinear, LinearLayer, fresh_projection
+from qlora_kit.adapters.layer import LINEAR, AdaptedLayer, AdaptedLinear, LinearLayer, SideBranch, fresh_projection
 from qlora_kit.adapters.lora_conv import LoraConv
 from qlora_kit.adapters.lora_embedding import LoraEmbedding
 from qlora_kit.adapters.lora_recurrent import LoraRecurrent
@@ -61,6 +61,9 @@ class LoraLinear(AdaptedLinear):
         """(W + scaling · B A, scaling · B A), float32 [out, in], W expanded in fp32."""
         delta = self.delta()
         return self.expand(torch.float32) + delta, delta
+
+    def branch(self) -> SideBranch:
+        return SideBranch(self.lora_A.detach().float(), self.scaling * self.lora_B.detach().float())
 
 
 class LowRank(Method[L]):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,9 @@ from qlora_runtime import (
 )
 
 from qlora_kit.errors import ExportError, VerificationError
-from qlora_kit.export.graph import build_graph
+from qlora_kit.export.codes import CodedLayer, same_codes
+from qlora_kit.export.forms import forms_of
+from qlora_kit.export.graph import GRAPH, build_graph
 from qlora_kit.export.reference import ReferenceRow
 from qlora_kit.export.verify import Distances, Profile, measure, tolerance_of
 from qlora_kit.model.source import sha256_file
@@ -33,13 +36,21 @@ REJECTED = ".rejected"
 
 
 def make_bundle(
-    merged: Path, target: Path, profile: Profile, rows: list[ReferenceRow], base: Any, adapter: Any, tools: Any
+    merged: Path,
+    target: Path,
+    profile: Profile,
+    rows: list[ReferenceRow],
+    base: Any,
+    adapter: Any,
+    tools: Any,
+    coded: Mapping[str, CodedLayer] | None = None,
 ) -> Distances:
     """Builds and verifies a bundle of the merged model; it appears at `target` only if it passed.
 
     Args:
         rows: the reference's answers to the rows of the proof.
         base, adapter: what the model was made from, for the manifest.
+        coded: the training base's 4-bit layers, for a profile that ships their codes.
 
     Raises:
         VerificationError: the bundle is past its tolerance; it is left at TARGET.rejected, to be looked at, and
@@ -48,8 +59,8 @@ def make_bundle(
     """
 
     def build(folder: Path) -> tuple[Distances, list[str]]:
-        build_graph(merged, folder, profile.name)
-        return _prove(merged, folder, profile, rows, {"tools": tools}, base, adapter)
+        build_graph(merged, folder, forms_of(profile.name, coded or {}))
+        return _prove(merged, folder, profile, rows, {"tools": tools}, base, adapter, coded)
 
     return published(target, profile.name, build)
 
@@ -92,6 +103,7 @@ def _prove(
     about: dict[str, Any],
     base: Any,
     adapter: Any,
+    coded: Mapping[str, CodedLayer] | None,
 ) -> tuple[Distances, list[str]]:
     """Adds reference and manifest to a graph, measures, and writes the manifest again with what was found."""
     write_reference(bundle, Reference([row.shipped() for row in rows], profile.reference))
@@ -102,6 +114,10 @@ def _prove(
     }
     write_manifest(bundle, verification=None, **about)
     distances, reasons = measure(Bundle.open(bundle), rows, profile)
+    if coded is not None:
+        distances = replace(distances, identical_codes=same_codes(bundle / GRAPH, coded))
+        if distances.identical_codes is None:
+            reasons.append("its codes are not the training base's.")
     found = Verification(not reasons, tolerance_of(profile), distances.to_json())
     write_manifest(bundle, verification=found, **about)
     return distances, reasons

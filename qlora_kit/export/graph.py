@@ -12,24 +12,28 @@ from typing import Any
 import onnx
 
 from qlora_kit.errors import ExportError
+from qlora_kit.export.forms import Forms
+from qlora_kit.export.parameters import MergedWeights
+from qlora_kit.export.weights import DecoderGraph
 
 GRAPH, DATA = "onnx/model.onnx", "model.onnx_data"
 
 
-def build_graph(merged: Path, target: Path, profile: str) -> None:
+def build_graph(merged: Path, target: Path, forms: Forms) -> None:
     """Writes graph, weights and configuration of the merged model `merged` into the folder `target`.
 
     Args:
-        profile: fp32, or int8 (blocks of 32, symmetric, MatMulNBits; embeddings stay fp32).
+        forms: how each linear layer is stored; embeddings stay fp32.
 
     Raises:
         ExportError: the builder cannot write this model (GPT-2, for one).
     """
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    options = ["hf_remote=false", "windowed_kv_cache=false"]  # a cache of one shape for all layers
-    if config.get("tie_word_embeddings"):
+    # A cache of one shape for all layers; q, k and v as they are named in the model.
+    options = ["hf_remote=false", "windowed_kv_cache=false", "fuse_qkv=false"]
+    if config.get("tie_word_embeddings") and forms.shares_head:
         options.append("shared_embeddings=true")
-    command = [sys.executable, "-m", "qlora_kit.export.builder", str(merged), str(target), profile, *options]
+    command = [sys.executable, "-m", "qlora_kit.export.builder", str(merged), str(target), *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
@@ -39,7 +43,7 @@ def build_graph(merged: Path, target: Path, profile: str) -> None:
             fix=f"Use the merged model in {merged}",
         )
     shutil.rmtree(target / ".cache", ignore_errors=True)
-    _lay_out(target, attention_windows(config))
+    _write_graph(merged, target, forms, attention_windows(config))
     for name in ("config.json", "generation_config.json"):
         if (merged / name).exists():
             shutil.copyfile(merged / name, target / name)
@@ -70,19 +74,14 @@ def attention_windows(config: dict[str, Any]) -> list[int]:
     return [window if kind == "sliding_attention" else -1 for kind in kinds]
 
 
-def _lay_out(target: Path, windows: list[int]) -> None:
-    """Moves the graph to onnx/model.onnx and its weights to onnx/model.onnx_data, where all runtimes look.
+def _write_graph(merged: Path, target: Path, forms: Forms, windows: list[int]) -> None:
+    """Writes onnx/model.onnx and its weights, onnx/model.onnx_data, where all runtimes look.
 
     The builder leaves the attention window out of graphs of Mistral and others, so each layer's is written in.
     """
     (target / "onnx").mkdir()
-    (target / "model.onnx.data").rename(target / "onnx" / DATA)
-    graph = onnx.load(target / "model.onnx", load_external_data=False)
-    for tensor in graph.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = DATA
-    attention = [node for node in graph.graph.node if node.op_type == "GroupQueryAttention"]
+    graph = DecoderGraph(target / "model.onnx", MergedWeights(merged))
+    attention = [node for node in graph.model.graph.node if node.op_type == "GroupQueryAttention"]
     for node, window in zip(attention, windows, strict=True):
         for attribute in node.attribute:
             if attribute.name == "local_window_size":
@@ -92,8 +91,10 @@ def _lay_out(target: Path, windows: list[int]) -> None:
     decoder = config["model"]["decoder"]
     decoder["filename"] = GRAPH
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _fix_head_size(graph, decoder["head_size"])
-    onnx.save(graph, target / GRAPH)
+    _fix_head_size(graph.model, decoder["head_size"])
+    if forms.packs_attention:
+        graph.pack_attention()
+    graph.write(target / GRAPH, forms.of)
     (target / "model.onnx").unlink()
 
 

@@ -15,6 +15,7 @@ from qlora_kit.data.dataset import prepare
 from qlora_kit.data.template import stop_token_ids
 from qlora_kit.errors import ExportError, RunError
 from qlora_kit.export.bundle import make_bundle
+from qlora_kit.export.codes import QUANT_TYPES, coded_layers
 from qlora_kit.export.merge import LayerDelta, save_merged
 from qlora_kit.export.onto import Onto, merge_onto
 from qlora_kit.export.rows import calibration_rows, proof_rows, reference_rows
@@ -52,6 +53,7 @@ def export_run(
     for name in names:
         if name not in PROFILES:
             raise ExportError("no such profile", got=name, allowed=", ".join(PROFILES))
+        _require_fitting(name, recipe, onto or recipe.export.onto)
     if reason := method_for(recipe.adapter).cannot_merge:
         raise ExportError(
             f"adapter.method {recipe.adapter.method} cannot be exported: {reason}",
@@ -76,6 +78,23 @@ def export_run(
     if failures:
         raise failures[0]
     return made
+
+
+def _require_fitting(name: str, recipe: Recipe, onto: Onto) -> None:
+    """Raises: ExportError where the run has not what the profile ships."""
+    if name == "nf4" and onto != "dequantized":
+        raise ExportError("nf4 ships the codes that were trained on", got=f"onto {onto}", allowed="dequantized")
+    if name == "nf4" and recipe.base.quant not in QUANT_TYPES:
+        raise ExportError(
+            "nf4 ships the 4-bit codes that were trained on, and this base has none",
+            got=f"base.quant={recipe.base.quant}",
+            allowed=", ".join(QUANT_TYPES),
+            fix="Export another profile",
+        )
+    if name not in ("fp32", "int8") and recipe.task.type != "causal_lm":
+        raise ExportError(
+            f"{name} is for models that generate", got=recipe.task.type, allowed="fp32, int8", fix="Export int8"
+        )
 
 
 def _provenance(run: RunFolder) -> dict[str, Any]:
@@ -126,6 +145,7 @@ def _merge(
     if info is not None:
         answers = task_rows(model, task, info, chosen, recipe.data, tokenizer)
         task_model = TaskModel(info, task.auto_class, tokenizer, context_length(model), answers)
+    coded = coded_layers(model) if "nf4" in names else {}
     if onto == "dequantized":
         deltas = merge_onto(run, model)
     folders = _write_merged(run, model, deltas, tokenizer, names, calibration_rows(data), console)
@@ -134,7 +154,8 @@ def _merge(
         target, tools = run.bundles / name, tool_versions(EXPORT_TOOLS)
         if task_model is not None:
             return make_task_bundle(folders[name], target, name, task_model, tools=tools, **sources)
-        return make_bundle(folders[name], target, PROFILES[name], rows, tools=tools, **sources)
+        shipped = coded if name == "nf4" else None
+        return make_bundle(folders[name], target, PROFILES[name], rows, tools=tools, coded=shipped, **sources)
 
     return make
 

@@ -42,6 +42,7 @@ class Profile:
 PROFILES = {
     "fp32": Profile("fp32", Tolerance(1e-3, 0.995, 2e-3, every_greedy_token=True), 1.0001, 1.0001, exact=True),
     "int8": Profile("int8", Tolerance(8.0, 0.90, 1.0, every_greedy_token=True), 1.005, 1.10, exact=False),
+    "nf4": Profile("nf4", Tolerance(1e-3, 0.995, 2e-3, every_greedy_token=True), 1.002, 1.002, exact=True),
 }
 
 
@@ -54,6 +55,8 @@ class Distances:
         perplexity_tokens, perplexity_over: how many predicted tokens, and which, the perplexities are of.
         training_rows: how many of the rows are not held out.
         calibration_rows: how many of those int8's ranges were measured on too.
+        identical_codes: matrices whose codes and statistics were read back and are the training base's byte for byte;
+            None in profiles that do not ship them.
         warnings: what these rows do not settle.
     """
 
@@ -74,6 +77,7 @@ class Distances:
     training_rows: int
     calibration_rows: int
     positions: int
+    identical_codes: int | None = None
     warnings: list[str] = field(default_factory=list)
 
     def rows_in_words(self) -> str:
@@ -96,6 +100,7 @@ class Distances:
             f"{self.rows_in_words()}: largest logit difference {self.max_logit:.2g}, top-1 agreement "
             f"{self.top1_agreement:.2%}, perplexity ratio {self.perplexity_ratio:.6f} over {self.perplexity_tokens} "
             f"tokens, {self.greedy_in_words()}"
+            + (f", codes of {self.identical_codes} matrices identical" if self.identical_codes else "")
         )
 
     def to_json(self) -> dict[str, object]:

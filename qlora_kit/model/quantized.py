@@ -142,14 +142,7 @@ class QuantizedLinear(nn.Module):
         functional = bnb.functional
         if self.quant == "int8":
             return functional.int8_vectorwise_dequant(self.codes, self.absmax).to(dtype)
-        nested = None
-        if self.nested_block_size:
-            nested = functional.QuantState(
-                absmax=self.nested_absmax,
-                code=self.nested_code,
-                blocksize=self.nested_block_size,
-                dtype=torch.float32,
-            )
+        nested = self._nested_state() if self.nested_block_size else None
         size, uneven = self.out_features * self.in_features, self.in_features % self.block_size
         # Rows that share blocks are asked for as one row: bitsandbytes' fast CPU path begins a block with each row,
         # which is wrong (0.50.2), and it would compile a path for each shape whose rows share bytes.
@@ -166,6 +159,20 @@ class QuantizedLinear(nn.Module):
         )
         weight = functional.dequantize_4bit(self.codes, state)
         return weight.reshape(-1)[:size].view(self.out_features, self.in_features) if uneven else weight
+
+    def expanded_absmax(self) -> Tensor:
+        """What the codes of each block are multiplied by, float32 [blocks]; of 4-bit layers."""
+        if not self.nested_block_size:
+            return self.absmax
+        return bnb.functional.dequantize_blockwise(self.absmax, self._nested_state()) + self.offset
+
+    def _nested_state(self) -> Any:
+        return bnb.functional.QuantState(
+            absmax=self.nested_absmax,
+            code=self.nested_code,
+            blocksize=self.nested_block_size,
+            dtype=torch.float32,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""

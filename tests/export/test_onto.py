@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from tiny_run import changed_copy
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.cli import main
 from qlora_kit.errors import ExportError
 from qlora_kit.export.onto import merge_onto
+from qlora_kit.export.run import export_run
 from qlora_kit.model.quantized import QuantizedLinear, bnb
 from qlora_kit.train.restore import load_run_base, load_tuned
 from qlora_kit.train.run_folder import RunFolder
@@ -74,6 +76,11 @@ def test_an_unquantized_base_has_one_ground(trained_run: Path, tmp_path: Path) -
     run = RunFolder.open(changed_copy(trained_run, tmp_path / "run", base={"quant": "none"}))
     with pytest.raises(ExportError, match="onto requantized needs a quantized base"):
         merge_onto(run, load_tuned(run), "requantized")
+
+
+def test_codes_ship_under_the_model_that_was_trained(trained_run: Path) -> None:
+    with pytest.raises(ExportError, match="nf4 ships the codes that were trained on .got 'onto original'"):
+        export_run(RunFolder.open(trained_run), Console(quiet=True), ["nf4"], "original")
 
 
 def test_what_was_trained_on_a_rest_does_not_fit_the_whole(trained_run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""Writes a decoder's graph with weights of ours: each linear layer in the form that a profile gives it.
+
+Tensors are read from the merged model, changed and written one at a time: no copy of the model is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from qlora_kit.export.linear import DataFile, Form, Linear
+from qlora_kit.export.parameters import MergedWeights, Rows, rows_of
+
+FormOf = Callable[[Linear], Form]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An initializer that is rows of the merged model's parameters."""
+
+    rows: tuple[Rows, ...]
+    transposed: bool
+
+
+class DecoderGraph:
+    """The builder's graph, whose matrices name parameters of `weights`."""
+
+    def __init__(self, built: Path, weights: MergedWeights) -> None:
+        self.model, self.weights = onnx.load(built, load_external_data=False), weights
+        self.parameters: dict[str, Parameter] = {}
+        self.held: dict[str, onnx.TensorProto] = {}
+        for tensor in self.model.graph.initializer:
+            if found := rows_of(tensor):
+                self.parameters[tensor.name] = Parameter((found[0],), found[1])
+            else:
+                self.held[tensor.name] = tensor
+
+    def linear(self, node: onnx.NodeProto) -> Linear | None:
+        """The linear layer that `node` is."""
+        weight = self.parameters.get(node.input[1]) if node.op_type == "MatMul" else None
+        return Linear(node, weight.rows) if weight and weight.transposed else None
+
+    def linears(self) -> list[Linear]:
+        """All linear layers, in the order of the graph."""
+        return [linear for node in self.model.graph.node if (linear := self.linear(node))]
+
+    def pack_attention(self) -> None:
+        """Makes q, k and v of each layer one product, in place, where attention takes them so and they share x."""
+        makers = {name: node for node in self.model.graph.node for name in node.output}
+        packed: dict[str, list[onnx.NodeProto]] = {}  # name of the first node to what takes its place
+        gone: set[str] = set()
+        for attention in self.model.graph.node:
+            if attention.op_type != "GroupQueryAttention" or not all(attention.input[:3]):
+                continue
+            adds = [makers[name] for name in attention.input[:3]]
+            biased = all(node.op_type == "Add" and node.input[1] in self.held for node in adds)
+            products = [makers[node.input[0]] for node in adds] if biased else adds
+            linears = [self.linear(node) for node in products]
+            if None in linears or len({node.input[0] for node in products}) > 1:
+                continue
+            nodes = self._packed(products, adds if biased else [])
+            gone |= {node.name for node in (*products, *adds)}
+            packed[products[0].name] = nodes
+            attention.input[0], attention.input[1], attention.input[2] = nodes[-1].output[0], "", ""
+        nodes = [new for node in self.model.graph.node for new in packed.get(node.name, [node])]
+        self._replace_nodes([node for node in nodes if node.name not in gone])
+
+    def _packed(self, products: list[onnx.NodeProto], adds: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+        """One MatMul, and an Add where there are biases, for those of q, k and v."""
+
+        def renamed(text: str) -> str:
+            return text.replace("q_proj", "qkv_proj")
+
+        def merged(node: onnx.NodeProto, x: str) -> onnx.NodeProto:
+            inputs, output = [x, renamed(node.input[1])], renamed(node.output[0])
+            return onnx.helper.make_node(node.op_type, inputs, [output], name=renamed(node.name))
+
+        rows = tuple(row for node in products for row in self.parameters[node.input[1]].rows)
+        nodes = [merged(products[0], products[0].input[0])]
+        self.parameters[nodes[0].input[1]] = Parameter(rows, transposed=True)
+        if adds:
+            nodes.append(merged(adds[0], nodes[0].output[0]))
+            bias = np.concatenate([numpy_helper.to_array(self.held[node.input[1]]) for node in adds])
+            self.held[nodes[1].input[1]] = numpy_helper.from_array(bias, nodes[1].input[1])
+        return nodes
+
+    def write(self, target: Path, form_of: FormOf) -> None:
+        """Writes the graph to `target` and its weights beside it, into a file called TARGET_data."""
+        with DataFile(target.with_name(f"{target.name}_data")) as data:
+            nodes: list[onnx.NodeProto] = []
+            for node in self.model.graph.node:
+                linear = self.linear(node)
+                nodes += form_of(linear).write(linear, self.weights, data) if linear else [node]
+            for name in dict.fromkeys(name for node in nodes for name in node.input):
+                if name in self.held:
+                    data.add(name, numpy_helper.to_array(self.held[name]))
+                elif name in self.parameters:
+                    data.add(name, self._array(self.parameters[name]))
+        self._replace_nodes(nodes)
+        del self.model.graph.initializer[:]
+        self.model.graph.initializer.extend(data.tensors.values())
+        onnx.save(self.model, target)
+
+    def _array(self, parameter: Parameter) -> np.ndarray:
+        weight = torch.cat([self.weights.read(rows) for rows in parameter.rows])
+        array: np.ndarray = (weight.T if parameter.transposed else weight).numpy()
+        return array
+
+    def _replace_nodes(self, nodes: list[onnx.NodeProto]) -> None:
+        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del self.model.graph.node[:]
+        self.model.graph.node.extend(kept)

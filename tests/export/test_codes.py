@@ -1,0 +1,137 @@
+"""The profile nf4: the training base's own codes in the bundle, the adapter beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper
+from qlora_runtime import Bundle, read_manifest
+from rich.console import Console
+from tiny_models import save_tiny_model
+from tiny_run import changed_copy, train, write_recipe
+from torch import nn
+
+from qlora_kit.adapters.adalora import AdaLoraLinear
+from qlora_kit.adapters.bottleneck import BottleneckLinear
+from qlora_kit.adapters.dora import DoraLinear
+from qlora_kit.adapters.layer import AdaptedLinear
+from qlora_kit.adapters.lora import LoraLinear
+from qlora_kit.adapters.neighbour_settings import BottleneckSettings
+from qlora_kit.adapters.pruned_settings import AdaLoraSettings, SoraSettings
+from qlora_kit.adapters.settings import DoraSettings, LoraSettings
+from qlora_kit.adapters.sora import SoraLinear
+from qlora_kit.errors import AdapterError, ExportError
+from qlora_kit.export.codes import CodedLayer, coded_layers, same_codes
+from qlora_kit.export.linear import DataFile, Linear
+from qlora_kit.export.parameters import MergedWeights, Rows
+from qlora_kit.export.run import export_run
+from qlora_kit.model.load import to_reference
+from qlora_kit.model.quantize import Quantization
+from qlora_kit.train.restore import load_tuned
+from qlora_kit.train.run_folder import RunFolder
+
+QUIET = Console(quiet=True)
+LAYERS: dict[str, tuple[type[LoraLinear], Any]] = {
+    "lora": (LoraLinear, LoraSettings(rank=3, alpha=5.0)),
+    "rslora": (LoraLinear, LoraSettings(rank=3, use_rslora=True)),
+    "dora": (DoraLinear, DoraSettings(rank=3)),
+    "adalora": (AdaLoraLinear, AdaLoraSettings(rank=3)),
+    "sora": (SoraLinear, SoraSettings(rank=3)),
+}
+
+
+def adapted(kind: str, quant: str = "nf4", double_quant: bool = True, shape: tuple[int, int] = (48, 100)) -> LoraLinear:
+    """A layer with an adapter whose every number counts."""
+    torch.manual_seed(0)
+    base = Quantization(quant, double_quant).quantize(torch.randn(shape) * 0.1, None)
+    made, settings = LAYERS[kind]
+    layer = made(base, settings)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape) * 0.3
+    return layer.eval()
+
+
+def run_layer(folder: Path, layer: CodedLayer, rows: Rows, x: np.ndarray) -> np.ndarray:
+    """What onnxruntime makes of x [n, in] with the layer written as a graph of its own."""
+    import onnxruntime as ort
+
+    linear = Linear(helper.make_node("MatMul", ["x", "m.weight"], ["y"], name="/m"), (rows,))
+    with DataFile(folder / "model.onnx_data") as data:
+        nodes = layer.write(linear, MergedWeights(folder), data)
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", None]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "layer", ends[:1], ends[1:], list(data.tensors.values()))
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), folder / "model.onnx")
+    y: np.ndarray = ort.InferenceSession(str(folder / "model.onnx")).run(None, {"x": x})[0]
+    return y
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("quant", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_a_layer_computes_what_training_computed(tmp_path: Path, kind: str, quant: str, double_quant: bool) -> None:
+    layer = adapted(kind, quant, double_quant)
+    x = torch.randn(7, 100)
+    coded = coded_layers(nn.ModuleDict({"m": layer}))
+    y = run_layer(tmp_path, coded["m"], Rows("m.weight", 0, 48), x.numpy())
+    with torch.no_grad():
+        expected = layer(x).numpy()
+    assert np.abs(y - expected).max() < 2e-6 * np.abs(expected).max()
+    assert same_codes(tmp_path / "model.onnx", coded) == 1
+    codes = bytearray((tmp_path / "model.onnx_data").read_bytes())
+    codes[5] ^= 16
+    (tmp_path / "model.onnx_data").write_bytes(bytes(codes))
+    assert same_codes(tmp_path / "model.onnx", coded) is None
+
+
+def test_rows_of_a_layer_have_its_codes(tmp_path: Path) -> None:
+    layer = adapted("dora", shape=(32, 100))
+    coded = CodedLayer(layer.base_layer, layer.branch())  # type: ignore[arg-type]
+    x = torch.randn(3, 100)
+    y = run_layer(tmp_path, coded, Rows("m.weight", 16, 16), x.numpy())  # 1600 codes lie before these
+    with torch.no_grad():
+        np.testing.assert_allclose(y, layer(x)[:, 16:].numpy(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ExportError, match=r"rows that begin at 1 of a layer begin inside a block of 64 codes"):
+        coded.stored(1, 8)
+
+
+def test_only_low_rank_products_have_a_branch() -> None:
+    base = Quantization("nf4").quantize(torch.randn(64, 64), None)
+    bottleneck: AdaptedLinear = BottleneckLinear(base, BottleneckSettings())
+    with pytest.raises(AdapterError, match=r"BottleneckLinear adds no low-rank product.*Export a merged profile"):
+        coded_layers(nn.ModuleDict({"m": bottleneck}))
+
+
+def test_codes_of_the_training_base_ship(trained_run: Path, tmp_path: Path) -> None:
+    run = changed_copy(trained_run, tmp_path / "run", export={"merged": False})
+    found: Any = export_run(RunFolder(run), QUIET, ["nf4"])["nf4"]
+    assert found.identical_codes == 14 and found.max_logit < 1e-4 and found.top1_agreement == 1
+    manifest = read_manifest(run / "bundles" / "nf4")
+    assert manifest.profile == "nf4" and manifest.verification is not None
+    assert manifest.verification.distances["identical_codes"] == 14
+    kinds = [node.op_type for node in onnx.load(run / "bundles" / "nf4" / "onnx" / "model.onnx").graph.node]
+    assert kinds.count("MatMulBnb4") == 14 and kinds.count("MatMul") == 2 * 14 + 1
+    reference, ids = to_reference(load_tuned(RunFolder(run))), torch.arange(3, 60)[None]
+    with torch.no_grad():
+        logits = Bundle.open(run / "bundles" / "nf4").logits(ids.numpy())
+        assert np.abs(logits - reference(ids).logits.numpy()).max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["phi3", "qwen2"])
+def test_other_architectures_ship_their_codes(tmp_path: Path, arch: str) -> None:
+    window = {"sliding_window": 32, "original_max_position_embeddings": 128} if arch == "phi3" else {}
+    model = save_tiny_model(tmp_path / "model", arch, intermediate_size=128, **window)
+    run = train(write_recipe(tmp_path, model, adapter={"method": "dora"}))
+    found: Any = export_run(RunFolder(run), QUIET, ["nf4"])["nf4"]
+    assert found.identical_codes == (10 if arch == "phi3" else 14) and found.max_logit < 1e-4
+
+
+def test_bases_without_codes_are_refused(trained_run: Path, tmp_path: Path) -> None:
+    run = changed_copy(trained_run, tmp_path / "run", base={"quant": "int8"})
+    with pytest.raises(ExportError, match=r"nf4 ships the 4-bit codes.*got 'base.quant=int8'.*Allowed: fp4, nf4"):
+        export_run(RunFolder(run), QUIET, ["nf4"])
