@@ -20,6 +20,7 @@ def read_page() -> tuple[str, str]:
         "script-src": own["script"],
         "style-src": own["style"],
         "connect-src": "'self'",
+        "img-src": "data:",  # its empty icon
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",
