@@ -149,18 +149,8 @@ def run_generate(options: argparse.Namespace) -> int:
         return _generate_from_bundle(options)
     from qlora_kit.generate import generate_command
 
-    generate_command(
-        options.model,
-        prompt=options.prompt,
-        chat=options.chat,
-        system=options.system,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        adapter=options.adapter,
-    )
+    names = ("prompt", "chat", "system", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "adapter")
+    generate_command(options.model, **{name: getattr(options, name) for name in names})
     return 0
 
 
@@ -177,6 +167,12 @@ def run_adapter_action(options: argparse.Namespace) -> None:
     run_adapters(options)
 
 
+def run_model_action(options: argparse.Namespace) -> None:
+    from qlora_kit.model.commands import run_model_action as run
+
+    run(options)
+
+
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "doctor": run_doctor,
     "plan": run_plan,
@@ -189,6 +185,8 @@ VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "generate": run_generate,
     "report": run_report,
     "adapters": run_adapter_action,
+    "quantize": run_model_action,
+    "cache": run_model_action,
 }
 
 

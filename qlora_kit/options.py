@@ -39,6 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     _export(_verb(verbs, "export", "merge, write ONNX bundles, and prove them"))
     _generate(_verb(verbs, "generate", "let a run, a bundle or a base model answer"))
     _add_run(_verb(verbs, "report", "write a run's report.html again"))
+    _quantize(_verb(verbs, "quantize", "store a quantized base model, so that loading it takes seconds"))
+    _cache(_verb(verbs, "cache", "list or clear the converted and quantized models that are kept"))
     add_adapter_actions(_verb(verbs, "adapters", "list, combine, convert or inspect adapters"))
     return parser
 
@@ -113,6 +115,20 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=_number(int, 0), default=0, help="0 (default) keeps all tokens")
     parser.add_argument("--top-p", type=_number(float, 0.001, 1), default=1.0, help="1 (default) keeps all tokens")
     parser.add_argument("--seed", type=_number(int, 0, 2**31), default=0, help="the same seed draws the same answer")
+
+
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a hub id, a folder or a .gguf file")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder, for base.model of a recipe")
+    parser.add_argument("--quant", choices=["nf4", "fp4", "int8"], default="nf4", help="default nf4")
+    parser.add_argument("--no-double-quant", action="store_true", help="leave the 4-bit statistics in fp32")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="base.compute_dtype")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+
+
+def _cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["list", "clear"])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="folders to clear, as listed (default: all)")
 
 
 def _verb(verbs: Any, name: str, about: str) -> argparse.ArgumentParser:

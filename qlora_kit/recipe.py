@@ -39,6 +39,8 @@ class BaseSection(Section):
     """Rounded to the nearest, or with scales fitted so that most errors get smaller (Badri & Shaji 2023)."""
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Dtype of activations and matrix products; fp16 adds loss scaling."""
+    cache: bool = False
+    """Keep the quantized base on disk, so that a second load takes seconds: `qlora-kit cache` lists and clears."""
     trust_remote_code: bool = False
     """Runs Python code from the model's repository. Off unless you read that code."""
 

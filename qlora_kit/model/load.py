@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.cache import cached, keep, made_as
 from qlora_kit.model.int4_blocks import INT4_GRID, Int4Grid
 from qlora_kit.model.int4_loading import Int4Config
 from qlora_kit.model.quantize import Quantization, plan_quantization, unquantized_names
-from qlora_kit.model.quantized import own_quantized_layers
+from qlora_kit.model.quantized import QuantizedLinear, own_quantized_layers
 from qlora_kit.model.source import BaseSource
+from qlora_kit.model.stored import check_stored, is_stored
 from qlora_kit.model.weights import first_line, refuse_missing_weights
 
 if not sys.stderr.isatty():  # a bar in a log file is noise
@@ -58,8 +61,11 @@ def load_base(
     quantize_later: bool = False,
     architecture: Architecture = CAUSAL_LM,
     grid: Int4Grid = INT4_GRID,
+    cache: bool = False,
 ) -> PreTrainedModel:
     """The base model, in evaluation mode, nothing trainable.
+
+    Weights are read and quantized one tensor at a time; what is not changed stays mapped to its file.
 
     Args:
         quant: nf4, fp4, int8, int4 (linear layers but the head become QuantizedLinear) or none.
@@ -69,19 +75,28 @@ def load_base(
         quantize_later: load it whole; the adapter's method quantizes it (see `plan_quantization`).
         architecture: which model is made; the weights of a fresh head are torch's random numbers.
         grid: of int4.
+        cache: take the quantized base from the cache, or put it there.
 
     Raises:
-        ModelError: the folder cannot be read as such a model, or weights are missing in it.
+        ModelError: the folder cannot be read as such a model, weights are missing in it, or it is quantized otherwise.
     """
     options: dict[str, Any] = {"dtype": compute_dtype, "device_map": {"": str(device)}, **architecture.config}
     if architecture.fresh_head:
         skip_modules = [*(skip_modules or []), *head_modules(_empty(source, trust_remote_code, architecture))]
     now = "none" if quantize_later else quant
     kind = Quantization(now, double_quant, grid=grid)
-    model = _from_pretrained(source, options, kind, skip_modules, trust_remote_code, architecture)
-    replaced = own_quantized_layers(model)
-    if now != "none" and not replaced:
+    folder, wanted = source.folder, None
+    if is_stored(folder):
+        check_stored(source, kind if not quantize_later else None, skip_modules)
+    elif cache and now != "none":
+        wanted = made_as(source, kind.options(), compute_dtype, device, skip_modules, asdict(architecture))
+        folder = cached(wanted) or folder
+    model, fresh = _from_pretrained(source, folder, options, kind, skip_modules, trust_remote_code, architecture)
+    own_quantized_layers(model)
+    if now != "none" and not any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ModelError(f"base.model {source.reference} has no linear layer to quantize", fix="Set base.quant=none")
+    if wanted is not None and folder == source.folder:
+        keep(model, source, wanted, fresh)
     if quantize_later:
         plan_quantization(model, quant, double_quant, skip_modules, grid)
     model.requires_grad_(False)
@@ -90,21 +105,22 @@ def load_base(
 
 def _from_pretrained(
     source: BaseSource,
+    folder: Path,
     options: dict[str, Any],
     quant: Quantization,
     skip_modules: list[str] | None,
     trust_remote_code: bool,
     architecture: Architecture,
-) -> PreTrainedModel:
-    """The model as transformers loads it, whole or not at all."""
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """The model as transformers loads it, whole or not at all, and the tensors of it that were made new."""
     try:
-        if quant.kind != "none":
+        if quant.kind != "none" and not is_stored(folder):
             empty = _empty(source, trust_remote_code, architecture) if skip_modules else None
             keep = unquantized_names(empty, skip_modules) if empty is not None and skip_modules else None
             options["quantization_config"] = _quantization_config(quant, options["dtype"], keep)
         with _no_report():
             loaded: Any = getattr(transformers, architecture.auto_class).from_pretrained(
-                source.folder,
+                folder,
                 use_safetensors=True,
                 ignore_mismatched_sizes=architecture.fresh_head,
                 trust_remote_code=trust_remote_code,
@@ -123,7 +139,8 @@ def _from_pretrained(
         ) from error
     model, info = loaded
     refuse_missing_weights(info, source.reference, head_modules(model) if architecture.fresh_head else [])
-    return model
+    wrong = {key[0] if isinstance(key, tuple) else key for key in info.get("mismatched_keys", ())}
+    return model, frozenset({*info["missing_keys"], *wrong})
 
 
 @contextmanager

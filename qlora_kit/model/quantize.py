@@ -5,7 +5,7 @@ A base that is loaded for them is whole, and carries a `Quantization`: what load
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,12 @@ class Quantization:
     double_quant: bool = True
     names: frozenset[str] = frozenset()
     grid: Int4Grid = INT4_GRID
+
+    def options(self) -> dict[str, Any]:
+        """The kind, and those of its options that decide over its bytes."""
+        if self.kind == "int4":
+            return {"kind": self.kind, "grid": asdict(self.grid)}
+        return {"kind": self.kind, "double_quant": self.double_quant}
 
     def quantize(self, weight: Tensor, bias: nn.Parameter | None) -> QuantizedLinear:
         """A layer of the codes and statistics that loading gives for `weight` [out, in], of a float dtype, on its

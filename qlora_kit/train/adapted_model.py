@@ -81,6 +81,7 @@ def load_for_training(
         quantize_later=METHODS[recipe.adapter.method].replaces_base,
         architecture=architecture_of(task),
         grid=int4_grid(recipe.base),
+        cache=recipe.base.cache,
     )
     torch.manual_seed(seed_for(recipe.run.seed, "init"))
     if not task.processor:

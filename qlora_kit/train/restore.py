@@ -77,6 +77,7 @@ def load_run_base(
         quantize_later=quantize_later,
         architecture=architecture_of(task),
         grid=int4_grid(base),
+        cache=base.cache,
     )
     if not task.processor:
         model.config.pad_token_id = load_run_tokenizer(run).pad_token_id

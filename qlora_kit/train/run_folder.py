@@ -23,6 +23,7 @@ FORMAT = "qlora-run/1"
 FREE_FIELDS = (
     "run.name:",
     "run.out_dir:",
+    "base.cache:",
     "train.trackers:",
     "train.log_every:",
     "train.memory_limit:",

@@ -73,6 +73,37 @@ def test_plan_is_for_this_machine(tiny_llama: Path, tmp_path: Path, capsys: pyte
     assert json.loads(capsys.readouterr().out)["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_quantize_and_cache(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stored base and a cached one train what the model itself does, to the byte."""
+    stored = tmp_path / "stored"
+    assert main(["quantize", str(tiny_llama), "--output", str(stored)]) == 0
+    assert "nf4, 0.00 GiB" in capsys.readouterr().out
+    assert main(["quantize", str(tiny_llama), "--output", str(stored)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main(["quantize", str(stored), "--output", str(tmp_path / "again")]) == 2
+    assert "quantized already" in capsys.readouterr().err
+    cases = {
+        "plain": (tiny_llama, False),
+        "kept": (tiny_llama, True),
+        "found": (tiny_llama, True),
+        "own": (stored, False),
+    }
+    adapters = []
+    for name, (model, cache) in cases.items():
+        base = {"model": str(model), "cache": cache}
+        recipe = write_recipe(tmp_path, model, run={"name": name}, base=base, train={"max_steps": 2})
+        assert main(["train", str(recipe), "--quiet"]) == 0
+        adapters.append((tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert len(set(adapters)) == 1
+    assert main(["cache", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert "llama, nf4, bfloat16" in listed and "GiB free" in listed
+    assert main(["cache", "clear"]) == 0
+    assert capsys.readouterr().out.startswith("removed ")
+    assert main(["cache", "list"]) == 0
+    assert " in 0 models" in capsys.readouterr().out
+
+
 def test_data_show_is_what_trains(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(write_recipe(tmp_path, tiny_llama))
     assert main(["data", "show", recipe, "-n", "2", "data.system_prompt=Be kind."]) == 0
