@@ -41,7 +41,16 @@ def _int4_problems(recipe: Recipe) -> list[str]:
     """Choices that only an int4 base has."""
     base, fields = recipe.base, type(recipe.base).model_fields
     chosen = [name for name in ("block_size", "int4_algorithm") if getattr(base, name) != fields[name].default]
-    return [f"base.{name} needs base.quant: int4 (got {base.quant})" for name in chosen if base.quant != "int4"]
+    problems = [f"base.{name} needs base.quant: int4 (got {base.quant})" for name in chosen if base.quant != "int4"]
+    if recipe.adapter.method == "qa_lora":
+        size = recipe.adapter.group_size
+        if base.quant != "int4":
+            got = f"got {base.quant}; elsewhere no blocks could take its delta"
+            problems.append(f"adapter.method qa_lora needs base.quant: int4 ({got})")
+        elif size % base.block_size:
+            allowed = f"must be a multiple of base.block_size {base.block_size}: its delta is constant within blocks"
+            problems.append(f"adapter.group_size {size} {allowed}")
+    return problems
 
 
 def _calibrates(recipe: Recipe) -> bool:

@@ -13,7 +13,7 @@ from qlora_kit.errors import AdapterError
 
 
 def convert(source: Source, target: Path, rank: int | None = None, dtype: str | None = None) -> dict[str, Any]:
-    """Writes the adapter into the new folder `target` as ordinary LoRA; one of PiSSA or LoftQ as `to_lora` says.
+    """Writes the adapter into the new folder `target` as ordinary LoRA, other methods' as `to_lora` says.
 
     Args:
         rank: cut every delta to it, by singular values; a layer of a smaller rank stays as it is.

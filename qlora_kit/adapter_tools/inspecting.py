@@ -103,7 +103,7 @@ def inspect(adapter: Source, other: Source | None = None, base: bool = False) ->
         base: load the base too, as the run trained on it, else as the adapter names it; noted where it is not found.
 
     Raises:
-        AdapterError: an adapter is not LoRA, PiSSA or LoftQ, or the two have no layer in common.
+        AdapterError: an adapter is not LoRA, PiSSA, LoftQ or QA-LoRA, or the two have no layer in common.
     """
     notes: list[str] = []
     deltas = _linear_deltas(adapter, notes)

@@ -12,8 +12,7 @@ from torch import Tensor
 from qlora_kit.adapters.files import WEIGHTS, write_adapter
 from qlora_kit.adapters.folders import adapter_folder
 from qlora_kit.adapters.peft_format import StoredAdapter, read_adapter
-from qlora_kit.adapters.svd_init import SvdStart, read_subtracted
-from qlora_kit.adapters.to_lora import to_lora
+from qlora_kit.adapters.to_lora import CONVERTIBLE, to_lora
 from qlora_kit.atomic import disk_error, write_json
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.source import sha256_file
@@ -67,10 +66,10 @@ def open_source(path: str | Path) -> Source:
 
 
 def as_lora(source: Source) -> StoredAdapter:
-    """The adapter for the plain base: one of PiSSA or LoftQ as `to_lora` says, another as it is."""
-    if not issubclass(source.stored.method, SvdStart):
+    """The adapter for the plain base: one of PiSSA, LoftQ or QA-LoRA as `to_lora` says, another as it is."""
+    if not issubclass(source.stored.method, CONVERTIBLE):
         return source.stored
-    return to_lora(source.stored, read_subtracted(source.folder))
+    return to_lora(source.stored, source.folder)
 
 
 def run_of(folder: Path) -> RunFolder | None:

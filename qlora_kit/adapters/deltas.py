@@ -102,7 +102,7 @@ def read_deltas(stored: StoredAdapter, origin: Path) -> dict[str, Delta]:
         raise AdapterError(
             f"{origin} is a {stored.method.__name__} adapter: what it does to a weight is not B A alone",
             allowed="adapters of ordinary LoRA",
-            fix="Of the others only PiSSA and LoftQ become such, by qlora-kit adapters convert",
+            fix="Of the others only PiSSA, LoftQ and QA-LoRA become such, by qlora-kit adapters convert",
         )
     settings = Lora.read_config(stored.config, stored.tensors, origin / CONFIG)
     deltas = {}

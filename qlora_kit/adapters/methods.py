@@ -13,6 +13,7 @@ from qlora_kit.adapters.full import Full
 from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.prompt_tuning import PromptTuning
+from qlora_kit.adapters.qa_lora import QaLora
 from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.adapters.sora import Sora
 from qlora_kit.adapters.svd_init import Loftq, Pissa
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "loftq": Loftq,
     "adalora": AdaLora,
     "sora": Sora,
+    "qa_lora": QaLora,
     "bottleneck": Bottleneck,
     "prompt_tuning": PromptTuning,
     "bitfit": BitFit,

@@ -92,6 +92,18 @@ class DoraSettings(LowRankSettings):
         return [out_features]  # the squares of W's rows
 
 
+class QaLoraSettings(LowRankSettings):
+    """QA-LoRA's."""
+
+    method: Literal["qa_lora"] = "qa_lora"
+    """Group-wise LoRA (Xu et al. 2023): the delta is constant within a group of inputs; needs `base.quant: int4`."""
+    group_size: Literal[32, 64, 128] = 32
+    """Inputs that are summed before A; a multiple of base.block_size."""
+
+    def layer_sizes(self, name: str, in_features: int, out_features: int) -> list[int]:
+        return super().layer_sizes(name, -(-in_features // self.group_size), out_features)
+
+
 SETTINGS: dict[str, type[AdapterSettings]] = {
     "lora": LoraSettings,
     "dora": DoraSettings,
@@ -99,6 +111,7 @@ SETTINGS: dict[str, type[AdapterSettings]] = {
     "loftq": LoftqSettings,
     "adalora": AdaLoraSettings,
     "sora": SoraSettings,
+    "qa_lora": QaLoraSettings,
     "bottleneck": BottleneckSettings,
     "prompt_tuning": PromptTuningSettings,
     "bitfit": BitFitSettings,
@@ -118,6 +131,7 @@ AnyAdapterSettings = Annotated[
     | Annotated[LoftqSettings, Tag("<loftq>")]
     | Annotated[AdaLoraSettings, Tag("<adalora>")]
     | Annotated[SoraSettings, Tag("<sora>")]
+    | Annotated[QaLoraSettings, Tag("<qa_lora>")]
     | Annotated[BottleneckSettings, Tag("<bottleneck>")]
     | Annotated[PromptTuningSettings, Tag("<prompt_tuning>")]
     | Annotated[BitFitSettings, Tag("<bitfit>")]

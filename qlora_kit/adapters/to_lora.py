@@ -1,4 +1,4 @@
-"""A PiSSA or LoftQ adapter as an ordinary LoRA adapter, for the base that everyone has."""
+"""A PiSSA, LoftQ or QA-LoRA adapter as an ordinary LoRA adapter, for the base that everyone has."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from qlora_kit.adapters.files import CONFIG, PREFIX, write_adapter
 from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.peft_format import StoredAdapter, read_adapter
+from qlora_kit.adapters.qa_lora import QaLora, widened_tensors
 from qlora_kit.adapters.svd_init import SvdStart, read_subtracted
 from qlora_kit.errors import AdapterError
 
+CONVERTIBLE = (SvdStart, QaLora)
+
 
 def convert_to_lora(folder: Path, target: Path) -> None:
-    """Writes the PiSSA or LoftQ adapter in `folder` as a LoRA adapter of twice its rank into `target`.
+    """Writes the PiSSA or LoftQ adapter in `folder` as a LoRA adapter of twice its rank into `target`; one of QA-LoRA
+    keeps its rank, and is exact.
 
     W - s B₀ A₀ + s B A is W + s [B, -B₀] [A; A₀] (Meng et al. 2024, appendix C; PEFT converts so too). On an
     unquantized base that is exact up to rounding. On a quantized one it is exact only up to the difference of two
@@ -28,24 +31,29 @@ def convert_to_lora(folder: Path, target: Path) -> None:
         AdapterError: `folder` holds no such adapter, or `target` holds one already.
     """
     stored = read_adapter(folder)
-    if not issubclass(stored.method, SvdStart):
+    if not issubclass(stored.method, CONVERTIBLE):
         raise AdapterError(
-            f"{folder} holds no PiSSA or LoftQ adapter", got=stored.method.__name__, fix="Use it as it is"
+            f"{folder} holds no PiSSA, LoftQ or QA-LoRA adapter", got=stored.method.__name__, fix="Use it as it is"
         )
     if (target / CONFIG).exists():
         raise AdapterError(f"{target} holds an adapter already", fix="Give another folder")
-    converted = to_lora(stored, read_subtracted(folder))
+    converted = to_lora(stored, folder)
     target.mkdir(parents=True, exist_ok=True)
     write_adapter(target, converted.config, converted.tensors)
 
 
-def to_lora(stored: StoredAdapter, subtracted: dict[str, Tensor]) -> StoredAdapter:
-    """The adapter whose product is s (B A - B₀ A₀), of ordinary LoRA.
+def to_lora(stored: StoredAdapter, folder: Path) -> StoredAdapter:
+    """What was read from `folder` as ordinary LoRA: with A widened, or of PiSSA and LoftQ with product s (B A - B₀ A₀).
 
-    Args:
-        subtracted: NAME.lora_A [rank, in] and NAME.lora_B [out, rank], of no layer or of some.
+    Raises:
+        AdapterError: what their base lacks is not in the folder.
     """
     config = stored.config | {"init_lora_weights": True}
+    if issubclass(stored.method, QaLora):
+        plain = {key: value for key, value in config.items() if key not in ("group_size", "in_features")}
+        tensors = widened_tensors(stored.config, stored.tensors, PREFIX)
+        return StoredAdapter(Lora, plain | {"peft_type": Lora.peft_type}, tensors)
+    subtracted = read_subtracted(folder)  # of no layer or of some
     if not subtracted:
         return StoredAdapter(Lora, config, stored.tensors)
     tensors = dict(stored.tensors)

@@ -26,9 +26,11 @@ FIELDS: dict[str, dict[str, Any]] = {  # beside the defaults; a method that need
     "adalora": {"rank": 2, "warmup_share": 0.2, "final_share": 0.2, "prune_every": 1},  # killed before ranks are fixed
     "sora": {"rank": 4, "sparse_lambda": 5.0},
     "prompt_tuning": {"tokens": 4},
+    "qa_lora": {"rank": 4, "group_size": 64},
 }
 NOT_ON: dict[tuple[str, str], str] = {
     ("loftq", "none"): "base.quant none loses nothing",
+    **{("qa_lora", quant): "qa_lora needs base.quant: int4" for quant in QUANTS if quant != "int4"},
     ("full", "nf4"): "codes cannot be trained",
     ("full", "int4"): "codes cannot be trained",
     ("full", "int8"): "codes cannot be trained",
@@ -78,7 +80,7 @@ def pairs(*fast: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("method", "quant"), pairs("nf4", "int8", "none", "lora-int4"))
+@pytest.mark.parametrize(("method", "quant"), pairs("nf4", "int8", "none", "lora-int4", "qa_lora-int4"))
 def test_trained_resumed_and_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, quant: str
 ) -> None:
@@ -98,7 +100,7 @@ def test_trained_resumed_and_scored(
     assert results["tuned"].perplexity.value < results["base"].perplexity.value
 
 
-@pytest.mark.parametrize(("method", "quant"), pairs("nf4"))
+@pytest.mark.parametrize(("method", "quant"), pairs("nf4", "qa_lora-int4"))
 def test_merged_and_exported_or_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, quant: str
 ) -> None:

@@ -92,7 +92,7 @@ def test_a_layer_of_which_nothing_was_subtracted_takes_zeros(tmp_path: Path) -> 
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     trained(tiny_model("llama"), LoraSettings(rank=2), tmp_path / "lora")
-    with pytest.raises(AdapterError, match=r"holds no PiSSA or LoftQ adapter \(got .Lora.\)"):
+    with pytest.raises(AdapterError, match=r"holds no PiSSA, LoftQ or QA-LoRA adapter \(got .Lora.\)"):
         convert_to_lora(tmp_path / "lora", tmp_path / "new")
     trained(tiny_model("llama"), PissaSettings(rank=2), tmp_path / "pissa")
     with pytest.raises(AdapterError, match="holds an adapter already"):

@@ -145,6 +145,11 @@ def test_a_wrong_value_is_named(field: str, value: Any, words: str) -> None:
             [("base.quant", "int8"), ("base.int4_algorithm", "rtn")],
             r"base\.int4_algorithm needs base\.quant: int4 \(got int8\)",
         ),
+        ([("adapter.method", "qa_lora")], r"qa_lora needs base\.quant: int4 \(got nf4; elsewhere no blocks"),
+        (
+            [("adapter.method", "qa_lora"), ("base.quant", "int4"), ("base.block_size", 64)],
+            r"adapter\.group_size 32 must be a multiple of base\.block_size 64",
+        ),
         ([("train.max_steps", None)], "exactly one of max_steps and epochs"),
         ([("train.epochs", 1)], "exactly one of max_steps and epochs"),
         ([("data.streaming", True)], r"data\.streaming needs train\.max_steps and data\.eval"),
