@@ -55,6 +55,16 @@ def test_the_folder_is_a_sharded_checkpoint(tmp_path: Path, tie: bool) -> None:
     assert (model.get_output_embeddings().weight is weight) == tie
 
 
+def test_holes_read_as_zeros(tmp_path: Path) -> None:
+    from make_shapes import write_shape
+
+    config = tiny_config("llama", num_hidden_layers=3).to_dict() | {"dtype": "bfloat16"}
+    sizes = [write_shape(config, tmp_path / name, zeros_from=first) for name, first in (("whole", None), ("holes", 1))]
+    assert sizes[0] == sizes[1]
+    for name, tensor in load_base(find_base(str(tmp_path / "holes"))).state_dict().items():
+        assert bool(tensor.any()) != (".layers.1." in name or ".layers.2." in name), name
+
+
 def test_a_full_disk_is_said_beforehand(tmp_path: Path) -> None:
     from make_shapes import write_shape
 
