@@ -20,6 +20,7 @@ from qlora_runtime import (
     write_manifest,
     write_reference,
 )
+from torch import Tensor
 
 from qlora_kit.errors import ExportError, VerificationError
 from qlora_kit.export.codes import CodedLayer, same_codes
@@ -44,6 +45,7 @@ def make_bundle(
     adapter: Any,
     tools: Any,
     coded: Mapping[str, CodedLayer] | None = None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> Distances:
     """Builds and verifies a bundle of the merged model; it appears at `target` only if it passed.
 
@@ -51,6 +53,7 @@ def make_bundle(
         rows: the reference's answers to the rows of the proof.
         base, adapter: what the model was made from, for the manifest.
         coded: the training base's 4-bit layers, for a profile that ships their codes.
+        moments: second moments of the inputs of layers, by name, for a profile that rounds by them.
 
     Raises:
         VerificationError: the bundle is past its tolerance; it is left at TARGET.rejected, to be looked at, and
@@ -59,7 +62,7 @@ def make_bundle(
     """
 
     def build(folder: Path) -> tuple[Distances, list[str]]:
-        build_graph(merged, folder, forms_of(profile.name, coded or {}))
+        build_graph(merged, folder, forms_of(profile.name, coded or {}, moments or {}))
         return _prove(merged, folder, profile, rows, {"tools": tools}, base, adapter, coded)
 
     return published(target, profile.name, build)

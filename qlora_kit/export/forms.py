@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from qlora_kit.export.codes import CodedLayer
+from qlora_kit.export.grid4 import round_4bit
 from qlora_kit.export.linear import Float, Form, Linear
-from qlora_kit.export.nbits import Rounded8
+from qlora_kit.export.nbits import BLOCK_SIZE, Rounded4, Rounded8
+from qlora_kit.export.parameters import MergedWeights
+
+BITS_4, BITS_8 = 4 + (16 + 4) / BLOCK_SIZE, 8 + 16 / BLOCK_SIZE
+"""Bits of a weight, with its share of scale and zero point."""
+BUDGET = 5.0
+"""Bits a weight of int4, on average over all linear layers but the head."""
+
+Choose = Callable[[list[Linear], MergedWeights], Mapping[str, Form]]
 
 
 @dataclass(frozen=True)
@@ -15,29 +26,64 @@ class Forms:
     """The form of each linear layer.
 
     Attributes:
-        other: of those that `layers` does not name.
+        other: of those that `choose` gives none.
+        choose: looks at all layers, before any is written; layer name to form.
         packs_attention: q, k and v may be one product.
-        shares_head: a head that is the embedding is stored once; it is then `Float`.
+        shares_head: a head that is the embedding is stored once, as `Float`.
+        shares_codes: the same, as 8-bit codes.
     """
 
     other: Form
-    layers: Mapping[str, Form] = field(default_factory=dict)
+    choose: Choose = field(default=lambda linears, weights: {})
     packs_attention: bool = True
-    shares_head: bool = True
-
-    def of(self, linear: Linear) -> Form:
-        """The form of one layer."""
-        return self.layers.get(linear.layer, self.other)
+    shares_head: bool = False
+    shares_codes: bool = False
 
 
-def forms_of(profile: str, coded: Mapping[str, CodedLayer]) -> Forms:
+def forms_of(profile: str, coded: Mapping[str, CodedLayer], moments: Mapping[str, Tensor]) -> Forms:
     """The forms of a profile.
 
     Args:
         coded: the training base's 4-bit layers, for `nf4`.
+        moments: second moments of the inputs of layers, for `int4`.
     """
     if profile == "nf4":
-        return Forms(Float(), coded, packs_attention=False)
-    if profile == "int8":
-        return Forms(Rounded8(), shares_head=False)
-    return Forms(Float())
+        return Forms(Float(), lambda linears, weights: coded, packs_attention=False, shares_head=True)
+    if profile == "int4":
+
+        def choose(linears: list[Linear], weights: MergedWeights) -> Mapping[str, Form]:
+            return eight_bit_layers(linears, weights, moments)
+
+        return Forms(Rounded4(moments), choose, shares_codes=True)
+    return Forms(Rounded8()) if profile == "int8" else Forms(Float(), shares_head=True)
+
+
+def eight_bit_layers(
+    linears: list[Linear], weights: MergedWeights, moments: Mapping[str, Tensor], budget: float = BUDGET
+) -> dict[str, Form]:
+    """The layers that get 8 bit within `budget` bits a weight: the head, then those that 4 bit costs most.
+
+    The cost is the share of a layer's output that rounding changes, with inputs taken as unrelated, over its size.
+    """
+    body = [linear for linear in linears if not _is_head(linear)]
+    sizes = {linear.layer: 0 for linear in body}
+    costs: dict[str, float] = {}
+    for linear in body:
+        weight = linear.weight(weights)
+        sizes[linear.layer] = weight.numel()
+        moment = moments.get(linear.layer)
+        diagonal = moment.diagonal() if moment is not None and moment.dim() == 2 else moment
+        counts = 1.0 if diagonal is None else diagonal
+        error = weight - round_4bit(weight, BLOCK_SIZE).dequantize(weight.shape[1])
+        costs[linear.layer] = float((error.square() * counts).sum() / (weight.square() * counts).sum().clamp_min(1e-30))
+    room = (budget - BITS_4) * sum(sizes.values())
+    chosen: dict[str, Form] = {linear.layer: Rounded8() for linear in linears if _is_head(linear)}
+    for name in sorted(sizes, key=lambda layer: costs[layer] / sizes[layer], reverse=True):
+        if (extra := (BITS_8 - BITS_4) * sizes[name]) <= room:
+            chosen[name] = Rounded8()
+            room -= extra
+    return chosen
+
+
+def _is_head(linear: Linear) -> bool:
+    return linear.prefix.startswith("lm_head")

@@ -31,8 +31,8 @@ def build_graph(merged: Path, target: Path, forms: Forms) -> None:
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     # A cache of one shape for all layers; q, k and v as they are named in the model.
     options = ["hf_remote=false", "windowed_kv_cache=false", "fuse_qkv=false"]
-    if config.get("tie_word_embeddings") and forms.shares_head:
-        options.append("shared_embeddings=true")
+    shared = bool(config.get("tie_word_embeddings")) and forms.shares_head
+    options.append(f"shared_embeddings={'true' if shared else 'false'}")
     command = [sys.executable, "-m", "qlora_kit.export.builder", str(merged), str(target), *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -94,7 +94,7 @@ def _write_graph(merged: Path, target: Path, forms: Forms, windows: list[int]) -
     _fix_head_size(graph.model, decoder["head_size"])
     if forms.packs_attention:
         graph.pack_attention()
-    graph.write(target / GRAPH, forms.of)
+    graph.write(target / GRAPH, forms)
     (target / "model.onnx").unlink()
 
 

@@ -56,6 +56,7 @@ class DataFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors: dict[str, onnx.TensorProto] = {}
+        self.casts: list[onnx.NodeProto] = []
         self._file: BinaryIO = path.open("wb")
 
     def add(self, name: str, array: np.ndarray) -> str:
@@ -72,6 +73,12 @@ class DataFile:
             tensor.external_data.add(key=key, value=str(value))
         np.ascontiguousarray(array).tofile(self._file)
         self.tensors[name] = tensor
+        return name
+
+    def add_half(self, name: str, array: np.ndarray) -> str:
+        """Writes `array`, whose numbers are fp16's, in half the bytes; `name` is fp32 again, by a node of `casts`."""
+        stored = self.add(f"{name}_fp16", array.astype(np.float16))
+        self.casts.append(node("Cast", [stored], name, to=onnx.TensorProto.FLOAT))
         return name
 
     def __enter__(self) -> DataFile:

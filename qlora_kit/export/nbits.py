@@ -1,15 +1,19 @@
-"""Linear layers as com.microsoft.MatMulNBits: integer codes in blocks along the input, a scale for each block."""
+"""Linear layers as com.microsoft.MatMulNBits: integer codes in blocks along the input, a scale for each block.
+
+Scales lie on disk in fp16, behind a Cast that onnxruntime folds while it loads: the kernel sees fp32.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qlora_kit.export.grid4 import Blocks, round_4bit, round_8bit
 from qlora_kit.export.linear import MICROSOFT, DataFile, Linear, node
 from qlora_kit.export.parameters import MergedWeights
 
@@ -19,30 +23,69 @@ ACCURACY_LEVEL = 4
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A weight [out, in] in codes: w = scale · (code - zero).
+class Rounded8:
+    """8 bit, symmetric."""
+
+    def write(self, linear: Linear, weights: MergedWeights, data: DataFile) -> list[onnx.NodeProto]:
+        """Rounds and writes the layer."""
+        weight = linear.weight(weights)
+        return write_blocks(linear, round_8bit(weight, BLOCK_SIZE), weight.shape[1], data)
+
+
+@dataclass(frozen=True)
+class Rounded4:
+    """4 bit with zero points.
 
     Attributes:
-        codes: uint8 [out, blocks, block_size], one to a byte, each below 2 ** bits.
-        scales: float32 [out, blocks].
-        zeros: uint8 [out, blocks]; None: 2 ** (bits - 1) everywhere.
+        moments: of the inputs of layers, by name: [in, in]. A diagonal alone, [in], is not rounded by.
     """
 
-    bits: int
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
+    moments: Mapping[str, Tensor]
 
-    def dequantize(self, in_features: int) -> Tensor:
-        """float32 [out, in]."""
-        zeros = 2.0 ** (self.bits - 1) if self.zeros is None else self.zeros[..., None].float()
-        return ((self.codes.float() - zeros) * self.scales[..., None]).flatten(1)[:, :in_features]
+    def write(self, linear: Linear, weights: MergedWeights, data: DataFile) -> list[onnx.NodeProto]:
+        """Rounds and writes the layer."""
+        weight = linear.weight(weights)
+        moment = self.moments.get(linear.layer)
+        whole = moment is not None and moment.dim() == 2
+        blocks = round_4bit(weight, BLOCK_SIZE, moment if whole else None)
+        return write_blocks(linear, blocks, weight.shape[1], data)
 
 
-def as_blocks(weight: Tensor, block_size: int = BLOCK_SIZE) -> Tensor:
-    """[out, in] to [out, blocks, block_size], filled up with zeros."""
-    out_features, in_features = weight.shape
-    return pad(weight, (0, -in_features % block_size)).view(out_features, -1, block_size)
+def write_blocks(linear: Linear, blocks: Blocks, in_features: int, data: DataFile) -> list[onnx.NodeProto]:
+    """Writes codes, scales and zero points; returns the node that computes with them."""
+    out_features, _, block_size = blocks.codes.shape
+    inputs = [
+        linear.node.input[0],
+        data.add(codes_name(linear, blocks.bits), packed(blocks.codes, blocks.bits)),
+        data.add_half(scales_name(linear), blocks.scales.numpy()),
+    ]
+    if blocks.zeros is not None:
+        inputs.append(data.add(f"{linear.prefix}.weight_zero_points", packed(blocks.zeros, blocks.bits)))
+    shape = {"K": in_features, "N": out_features, "bits": blocks.bits, "block_size": block_size}
+    shape |= {"accuracy_level": ACCURACY_LEVEL}
+    return [node("MatMulNBits", inputs, linear.node.output[0], MICROSOFT, **shape)]
+
+
+def codes_name(linear: Linear, bits: int) -> str:
+    """Name of a layer's codes."""
+    return f"{linear.prefix}.weight_Q{bits}"
+
+
+def scales_name(linear: Linear) -> str:
+    """Name of a layer's scales."""
+    return f"{linear.prefix}.weight_scales"
+
+
+def lookup_nodes(gather: onnx.NodeProto, head: Linear, in_features: int, data: DataFile) -> list[onnx.NodeProto]:
+    """What takes the place of an embedding's Gather: rows of the 8-bit codes of the head that it is."""
+    y = gather.output[0]
+    rows = data.add(f"{head.prefix}.rows", np.array([head.rows[0].count, in_features]))
+    places = {"bits": 8, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
+    inputs = [f"{y}/codes", gather.input[1], scales_name(head)]
+    return [
+        node("Reshape", [codes_name(head, 8), rows], f"{y}/codes"),
+        node("GatherBlockQuantized", inputs, y, MICROSOFT, **places),
+    ]
 
 
 def packed(codes: Tensor, bits: int) -> np.ndarray:
@@ -52,35 +95,3 @@ def packed(codes: Tensor, bits: int) -> np.ndarray:
         codes = codes[..., ::2] | codes[..., 1::2] << 4
     array: np.ndarray = codes.contiguous().numpy()
     return array
-
-
-def write_blocks(linear: Linear, blocks: Blocks, in_features: int, data: DataFile) -> list[onnx.NodeProto]:
-    """Writes codes, scales and zero points; returns the node that computes with them."""
-    out_features, _, block_size = blocks.codes.shape
-    inputs = [
-        linear.node.input[0],
-        data.add(f"{linear.prefix}.weight_Q{blocks.bits}", packed(blocks.codes, blocks.bits)),
-        data.add(f"{linear.prefix}.weight_scales", blocks.scales.numpy()),
-    ]
-    if blocks.zeros is not None:
-        inputs.append(data.add(f"{linear.prefix}.weight_zero_points", packed(blocks.zeros, blocks.bits)))
-    shape = {"K": in_features, "N": out_features, "bits": blocks.bits, "block_size": block_size}
-    shape |= {"accuracy_level": ACCURACY_LEVEL}
-    return [node("MatMulNBits", inputs, linear.node.output[0], MICROSOFT, **shape)]
-
-
-def round_8bit(weight: Tensor) -> Blocks:
-    """8-bit codes of `weight` float32 [out, in], symmetric around 128: each block's largest value is ±127."""
-    values = as_blocks(weight)
-    scales = values.abs().amax(2) / 127
-    codes = (values / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round() + 128
-    return Blocks(8, codes.to(torch.uint8), scales, None)
-
-
-class Rounded8:
-    """MatMulNBits of 8 bit."""
-
-    def write(self, linear: Linear, weights: MergedWeights, data: DataFile) -> list[onnx.NodeProto]:
-        """Rounds and writes the layer."""
-        weight = linear.weight(weights)
-        return write_blocks(linear, round_8bit(weight), weight.shape[1], data)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.adapters.methods import method_for
@@ -15,6 +16,7 @@ from qlora_kit.data.dataset import prepare
 from qlora_kit.data.template import stop_token_ids
 from qlora_kit.errors import ExportError, RunError
 from qlora_kit.export.bundle import make_bundle
+from qlora_kit.export.calibration import linear_moments
 from qlora_kit.export.codes import QUANT_TYPES, coded_layers
 from qlora_kit.export.merge import LayerDelta, save_merged
 from qlora_kit.export.onto import Onto, merge_onto
@@ -148,14 +150,17 @@ def _merge(
     coded = coded_layers(model) if "nf4" in names else {}
     if onto == "dequantized":
         deltas = merge_onto(run, model)
-    folders = _write_merged(run, model, deltas, tokenizer, names, calibration_rows(data), console)
+    calibration = calibration_rows(data)
+    folders, moments = _write_merged(run, model, deltas, tokenizer, names, calibration, console)
 
     def make(name: str) -> Found:
         target, tools = run.bundles / name, tool_versions(EXPORT_TOOLS)
         if task_model is not None:
             return make_task_bundle(folders[name], target, name, task_model, tools=tools, **sources)
         shipped = coded if name == "nf4" else None
-        return make_bundle(folders[name], target, PROFILES[name], rows, tools=tools, coded=shipped, **sources)
+        return make_bundle(
+            folders[name], target, PROFILES[name], rows, tools=tools, coded=shipped, moments=moments, **sources
+        )
 
     return make
 
@@ -168,17 +173,18 @@ def _write_merged(
     names: list[str],
     calibration: list[list[int]],
     console: Console,
-) -> dict[str, Path]:
-    """Saves the merged model; returns the folder that each profile is built from."""
+) -> tuple[dict[str, Path], dict[str, Tensor]]:
+    """Saves the merged model; returns the folder that each profile is built from, and the moments int4 rounds by."""
     save_merged(model, tokenizer, run.merged)
     write_json(run.path / "merge.json", _merge_report(deltas))
     console.print(f"merged {len(deltas)} layers in fp32 into {run.merged}", highlight=False)
     folders = dict.fromkeys(names, run.merged)
+    moments = linear_moments(model, calibration) if "int4" in names else {}
     if "int8" in names and (layers := smooth(model, calibration)):
         console.print(f"int8: ranges of {layers} layers moved from activations into weights", highlight=False)
         save_merged(model, tokenizer, _smoothed_folder(run))
         folders["int8"] = _smoothed_folder(run)
-    return folders
+    return folders, moments
 
 
 def _smoothed_folder(run: RunFolder) -> Path:

@@ -5,7 +5,6 @@ Tensors are read from the merged model, changed and written one at a time: no co
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +13,10 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from qlora_kit.export.linear import DataFile, Form, Linear
+from qlora_kit.export.forms import Forms
+from qlora_kit.export.linear import DataFile, Linear
+from qlora_kit.export.nbits import BLOCK_SIZE, lookup_nodes
 from qlora_kit.export.parameters import MergedWeights, Rows, rows_of
-
-FormOf = Callable[[Linear], Form]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class DecoderGraph:
         self.model, self.weights = onnx.load(built, load_external_data=False), weights
         self.parameters: dict[str, Parameter] = {}
         self.held: dict[str, onnx.TensorProto] = {}
-        for tensor in self.model.graph.initializer:
+        self._tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        for tensor in self._tensors.values():
             if found := rows_of(tensor):
                 self.parameters[tensor.name] = Parameter((found[0],), found[1])
             else:
@@ -90,13 +90,19 @@ class DecoderGraph:
             self.held[nodes[1].input[1]] = numpy_helper.from_array(bias, nodes[1].input[1])
         return nodes
 
-    def write(self, target: Path, form_of: FormOf) -> None:
+    def write(self, target: Path, forms: Forms) -> None:
         """Writes the graph to `target` and its weights beside it, into a file called TARGET_data."""
+        linears = self.linears()
+        chosen = forms.choose(linears, self.weights)
+        heads = {linear.rows: linear for linear in linears} if forms.shares_codes else {}
         with DataFile(target.with_name(f"{target.name}_data")) as data:
             nodes: list[onnx.NodeProto] = []
             for node in self.model.graph.node:
-                linear = self.linear(node)
-                nodes += form_of(linear).write(linear, self.weights, data) if linear else [node]
+                if linear := self.linear(node):
+                    nodes += chosen.get(linear.layer, forms.other).write(linear, self.weights, data)
+                else:
+                    nodes += self._looked_up(node, heads, data)
+            nodes = [*data.casts, *nodes]
             for name in dict.fromkeys(name for node in nodes for name in node.input):
                 if name in self.held:
                     data.add(name, numpy_helper.to_array(self.held[name]))
@@ -106,6 +112,16 @@ class DecoderGraph:
         del self.model.graph.initializer[:]
         self.model.graph.initializer.extend(data.tensors.values())
         onnx.save(self.model, target)
+
+    def _looked_up(
+        self, node: onnx.NodeProto, heads: dict[tuple[Rows, ...], Linear], data: DataFile
+    ) -> list[onnx.NodeProto]:
+        """The node; an embedding that is also one of `heads` reads that one's codes."""
+        table = self.parameters.get(node.input[0]) if node.op_type == "Gather" else None
+        if table is None or table.rows not in heads:
+            return [node]
+        in_features = self._tensors[node.input[0]].dims[1]
+        return [node] if in_features % BLOCK_SIZE else lookup_nodes(node, heads[table.rows], in_features, data)
 
     def _array(self, parameter: Parameter) -> np.ndarray:
         weight = torch.cat([self.weights.read(rows) for rows in parameter.rows])
