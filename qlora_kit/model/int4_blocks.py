@@ -1,6 +1,6 @@
 """Weights in the 4-bit layout of onnxruntime's MatMulNBits: what is trained on is what ships.
 
-The operator (com.microsoft.MatMulNBits, bits=4, onnxruntime's docs/ContribOperators.md) reads a weight [out, in] as
+The operator (com.microsoft.MatMulNBits, bits=4, onnxruntime's ContribOperators page) reads a weight [out, in] as
 blocks of 32, 64 or 128 along `in`; the last one of a row may be partly filled. An element is scale · (code - zero
 point), codes and zero points 0 to 15. Zero points are integers because its fast kernels take no others.
 """

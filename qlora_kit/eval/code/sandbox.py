@@ -157,8 +157,10 @@ def _judge(verdict: dict[str, Any], limits: Limits) -> tuple[Kind, str]:
     report, code = verdict["report"], verdict["exit_code"]
     if verdict["timed_out"]:
         return "timeout", f"ran longer than {limits.wall_s:g} s"
-    killed = code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL)
-    if report is None and killed and verdict["cpu_s"] > 0.9 * limits.cpu_s:
+    # The kernel's own count ends it with SIGXCPU, and may be ahead of what is reported; SIGKILL may have other reasons.
+    spent = code == 128 + signal.SIGXCPU
+    spent |= code == 128 + signal.SIGKILL and verdict["cpu_s"] > 0.9 * limits.cpu_s
+    if report is None and spent:
         return "timeout", f"used more than {limits.cpu_s} s of CPU time"
     if report is None and code > 128:
         return "error", f"ended by signal {code - 128}"
