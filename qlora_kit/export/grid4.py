@@ -4,9 +4,8 @@ leaves for the next.
 With the second moments of a layer's inputs, codes are chosen column by column, each column's error made up for by
 those that follow (GPTQ, Frantar et al. 2022, arXiv:2210.17323, algorithm 1; here blocks are fitted one by one, to what
 the columns before left). A block is fitted by trying shrunken ranges, each followed by the scale that is best for its
-codes (least squares). Without moments a block's range is its least to its largest value: fitting takes a ninth off the
-squared error there, but makes all weights 0.9% smaller, and SmolLM2's perplexity was 1.20 times the reference's, not
-1.10. Scales are numbers of fp16, which is how they are stored.
+codes (least squares). Without moments a block's range is its least to its largest value: fitting takes some of the
+squared error off there, but SmolLM2's perplexity was 1.20 times the reference's, not 1.10 (one trial). Scales are numbers of fp16, which is how they are stored.
 """
 
 from __future__ import annotations
@@ -93,8 +92,8 @@ def fit_blocks(values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
 def round_8bit(weight: Tensor, block_size: int) -> Blocks:
     """8-bit codes of `weight` float32 [out, in], symmetric around 128.
 
-    The largest value of a block is ±127 and so all but exact. Scales of less squared error (a fifth less, on SmolLM2)
-    gave that up, and perplexity was worse: 1.013 times the reference's, not 0.999.
+    The largest value of a block is ±127. Scales searched for a relative error a fifth less made SmolLM2's perplexity
+    worse in one trial: 1.013 times the reference's, not 0.999.
     """
     values = as_blocks(weight, block_size)
     scales = _half(values.abs().amax(-1) / 127)
