@@ -5,7 +5,8 @@ With the second moments of a layer's inputs, codes are chosen column by column, 
 those that follow (GPTQ, Frantar et al. 2022, arXiv:2210.17323, algorithm 1; here blocks are fitted one by one, to what
 the columns before left). A block is fitted by trying shrunken ranges, each followed by the scale that is best for its
 codes (least squares). Without moments a block's range is its least to its largest value: fitting takes some of the
-squared error off there, but SmolLM2's perplexity was 1.20 times the reference's, not 1.10 (one trial). Scales are numbers of fp16, which is how they are stored.
+squared error off there, but SmolLM2's perplexity was 1.20 times the reference's, not 1.10 (one trial). Scales are
+numbers of fp16, which is how they are stored.
 """
 
 from __future__ import annotations
