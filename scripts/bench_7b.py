@@ -29,7 +29,7 @@ GIB = 2**30
 OVER_QUANTIZED_GIB = 1.0  # bar while loading: quantized size and so much
 STEP_GIB = 7.2  # bar of a training step
 STEPS = 3
-POLL_S = 0.002
+POLL_S = 0.01
 
 
 def main() -> None:
