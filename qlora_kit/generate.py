@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from qlora_kit.adapters.folders import adapter_folder
@@ -39,23 +40,11 @@ def generate_ids(
     Ends where prompt and answer fill the model's context.
     """
     max_new_tokens = max(1, min(max_new_tokens, context_length(model) - len(prompt_ids)))
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    sampling: dict[str, Any] = {}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     ids = torch.tensor([prompt_ids], device=model.device)
-    generate: Any = model.generate
-    with plain_generation(model):
-        output = generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stop_token_ids(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=streamer,
-            use_cache=True,
-            **sampling,
-        )
-    return output[0, len(prompt_ids) :].tolist()
+    return _answers(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens, streamer=streamer, **sampling)[0]
 
 
 @torch.no_grad()
@@ -72,6 +61,7 @@ def generate_greedily(
     with the context, those of the same length.
     """
     answers: dict[int, list[int]] = {}
+    ends = stop_token_ids(tokenizer)
     reach = max(map(len, prompts), default=0) + max_new_tokens
     padded = not virtual_tokens(model) and reach <= context_length(model)
     for places in _batches(prompts, batch_size, padded):
@@ -83,17 +73,35 @@ def generate_greedily(
             ids[row, start:] = torch.tensor(prompts[place])
             mask[row, start:] = 1
         room = max(1, min(max_new_tokens, context_length(model) - longest))
-        ends = stop_token_ids(tokenizer)
-        greedy = GenerationConfig(
-            max_new_tokens=room, do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
-        )
-        generate: Any = model.generate
-        with plain_generation(model):
-            found = generate(input_ids=ids, attention_mask=mask, generation_config=greedy, use_cache=True)
-        for place, answer in zip(places, found[:, longest:].tolist()):
+        for place, answer in zip(places, _answers(model, tokenizer, ids, mask, room)):
             end = next((k for k, token in enumerate(answer) if token in ends), len(answer) - 1)
             answers[place] = answer[: end + 1]
     return [answers[place] for place in range(len(prompts))]
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    mask: Tensor,
+    max_new_tokens: int,
+    **options: Any,
+) -> list[list[int]]:
+    """What follows each row of ids, int64 [batch, seq] as its mask; greedy but for other `options` of transformers."""
+    greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    generate: Any = model.generate
+    with plain_generation(model):
+        found = generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stop_token_ids(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            **greedy | options,
+        )
+    answers: list[list[int]] = found[:, ids.shape[1] :].tolist()
+    return answers
 
 
 def _batches(prompts: Sequence[list[int]], batch_size: int, padded: bool) -> Iterator[list[int]]:

@@ -191,10 +191,13 @@ class EvalSection(Section):
     """Answers generated for the report."""
 
 
+Onto = Literal["dequantized", "original", "requantized"]
+
+
 class ExportSection(Section):
     profiles: Annotated[list[Literal["fp32", "int8", "int4", "nf4"]], Field(min_length=1)] = ["fp32", "int8"]
     """Bundles to write; nf4 ships the codes of a base in nf4 or fp4, with the adapter beside them."""
-    onto: Literal["dequantized", "original", "requantized"] = "dequantized"
+    onto: Onto = "dequantized"
     """What the adapter is merged onto: the weights it was trained on; the base's own 16 bit; or, rounded once more,
     the base's codes. Only the first is the model that was trained."""
     merged: bool = True

@@ -4,7 +4,7 @@
 
 Writes each shape's checkpoint with random weights (about 16 GB on disk, removed afterwards unless --keep), loads it in
 a fresh process, and trains a few steps in another: rank 16 on all linears, micro batch 1, checkpointing. Memory
-is anonymous memory (RssAnon): pages of the checkpoint's own files, which the system may drop at any time, don't count;
+is anonymous memory: pages of the checkpoint's own files, which the system may drop at any time, don't count;
 they are told apart. Linux only. Writes benchmarks/7b_shapes.json and .md.
 """
 
@@ -24,6 +24,8 @@ from typing import Any
 
 from bench_runs import RESULTS, hardware_line, this_machine, write
 from make_shapes import shapes, write_shape
+
+from qlora_kit.train.memory_limit import anonymous_bytes
 
 GIB = 2**30
 OVER_QUANTIZED_GIB = 1.0  # bar while loading: quantized size and so much
@@ -155,14 +157,6 @@ def recipe_for(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 CHILDREN = {"load": load, "step": step}
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("this system does not tell anonymous memory: /proc/self/status has no RssAnon")
 
 
 @contextmanager

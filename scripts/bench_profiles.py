@@ -15,11 +15,15 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench_runs import RESULTS, hardware_line, this_machine, write
+
+from qlora_kit.eval.intervals import Interval, bootstrap_ratio, exponentiate
+from qlora_kit.plan.shapes import model_shapes
 
 HERE = Path(__file__).parent
 LLAMA_CPP = ("Q8_0", "Q4_0", "Q4_K_M")
@@ -130,7 +134,7 @@ def _bits(options: argparse.Namespace, path: Path) -> float:
     products = [node for node in graph.node if "MatMul" in node.op_type and "lm_head" not in node.name]
     spent = sum(stored.get(name, 0) for node in products for name in node.input[1:])
     config = json.loads((options.run / "merged" / "config.json").read_text(encoding="utf-8"))
-    return 8 * spent / _linear_weights(config)
+    return 8 * spent / sum(linear.weights for linear in model_shapes(config).linears)
 
 
 def _tensor_bytes(tensor: Any) -> int:
@@ -138,30 +142,18 @@ def _tensor_bytes(tensor: Any) -> int:
     return int(external["length"]) if "length" in external else len(tensor.raw_data)
 
 
-def _linear_weights(config: dict[str, Any]) -> int:
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    head = config.get("head_dim") or hidden // config["num_attention_heads"]
-    attention = 2 * hidden * head * (config["num_attention_heads"] + config["num_key_value_heads"])
-    return int(config["num_hidden_layers"] * (attention + 3 * hidden * inner))
-
-
-def _perplexity_ratio(quality: dict[str, Any]) -> tuple[float, float, float]:
-    """(ratio, low, high): of the form's perplexity to the reference's, a 95% bootstrap interval over rows."""
-    losses = np.array(quality["row_losses"])
-    picks = np.random.default_rng(0).integers(0, len(losses), (2000, len(losses)))
-    drawn = losses[picks].sum(1)
-    ratios = np.exp((drawn[:, 0] - drawn[:, 1]) / drawn[:, 2])
-    whole = losses.sum(0)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(np.exp((whole[0] - whole[1]) / whole[2])), float(low), float(high)
+def _perplexity_ratio(quality: dict[str, Any]) -> Interval:
+    """Of the form's perplexity to the reference's, with a 95% bootstrap interval over rows."""
+    ours, theirs, tokens = np.array(quality["row_losses"]).T
+    return exponentiate(bootstrap_ratio(ours - theirs, tokens))
 
 
 def _report(options: argparse.Namespace, found: Found) -> None:
     rows = []
     for name, form in found.items():
         speed, quality = form["speed"], form["quality"]
-        ratio, low, high = _perplexity_ratio(quality)
-        form["perplexity_ratio"] = [ratio, low, high]
+        ratio = _perplexity_ratio(quality)
+        form["perplexity_ratio"] = asdict(ratio)
         read = np.concatenate([turn["prefill_tokens_per_s"] for turn in speed])
         answered = np.concatenate([turn["decode_tokens_per_s"] for turn in speed])
         rows.append(
@@ -170,7 +162,8 @@ def _report(options: argparse.Namespace, found: Found) -> None:
             f"| {max(turn['peak_bytes'] for turn in speed) / 2**20:.0f} "
             f"| {np.median(read):.0f} ({read.min():.0f} to {read.max():.0f}) "
             f"| {np.median(answered):.0f} ({answered.min():.0f} to {answered.max():.0f}) "
-            f"| {quality['mean_logit']:.4f} | {quality['top1_agreement']:.2%} | {ratio:.4f} [{low:.4f}, {high:.4f}] |"
+            f"| {quality['mean_logit']:.4f} | {quality['top1_agreement']:.2%} "
+            f"| {ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}] |"
         )
     environment = this_machine()
     environment["machine"]["threads"] = options.threads
@@ -195,7 +188,7 @@ def _plot(found: Found, file: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="bits a linear weight", ylabel="perplexity ratio - 1", xscale="log", yscale="log")
     for name, form in found.items():
-        x, y = form["bits"], max(1e-6, abs(form["perplexity_ratio"][0] - 1))
+        x, y = form["bits"], max(1e-6, abs(form["perplexity_ratio"]["value"] - 1))
         axes.plot(x, y, "o")
         axes.annotate(name, (x, y), fontsize=7, xytext=(4, 2), textcoords="offset points")
     figure.savefig(file, dpi=110)

@@ -17,6 +17,8 @@ from typing import Any
 from bench_runs import RESULTS, hardware_line, this_machine, write
 from make_shapes import shapes
 
+from qlora_kit.plan.shapes import model_shapes
+
 BAR = 5.0  # times faster
 
 
@@ -41,12 +43,8 @@ def main() -> None:
 
 def matrices(names: list[str]) -> list[tuple[int, int]]:
     """The distinct [out, in] of the models' linear layers, smallest first."""
-    found: set[tuple[int, int]] = set()
-    for name in names:
-        config = shapes()[name]
-        width, inner = config["hidden_size"], config["intermediate_size"]
-        key_value = width // config["num_attention_heads"] * config["num_key_value_heads"]
-        found |= {(width, width), (key_value, width), (inner, width), (width, inner)}
+    linears = [linear for name in names for linear in model_shapes(shapes()[name]).linears]
+    found = {(linear.out_features, linear.in_features) for linear in linears}
     return sorted(found, key=lambda shape: shape[0] * shape[1])
 
 

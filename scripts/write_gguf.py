@@ -61,7 +61,7 @@ def write_gguf(merged: Path, target: Path) -> None:
             for name in names:
                 value = tensors.get_tensor(name).astype(np.float32)
                 rotated = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])
-                writer.add_tensor(_gguf_name(name), value if rotated is None else _interleaved(value, rotated))
+                writer.add_tensor(gguf_name(name), value if rotated is None else interleaved(value, rotated))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -89,7 +89,8 @@ def linear_bits(file: Path) -> float:
     return float(8 * sum(t.n_bytes for t in linears) / sum(t.n_elements for t in linears))
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
+    """A Llama parameter's name in GGUF."""
     own = name.removesuffix(".weight")
     if own in WHOLE:
         return f"{WHOLE[own]}.weight"
@@ -97,7 +98,7 @@ def _gguf_name(name: str) -> str:
     return f"blk.{layer}.{LAYER[rest]}.weight"
 
 
-def _interleaved(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+def interleaved(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """Rows of each head so that the two that rotate together are neighbours; transformers keeps them half a head apart.
 
     weight: [heads * head_dim, in].

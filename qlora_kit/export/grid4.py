@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qlora_kit.model.int4_blocks import as_blocks
+
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 """What the range of a block is multiplied by, to be tried."""
 DAMPING = 0.01
@@ -43,11 +45,6 @@ class Blocks:
         middle = torch.tensor(2.0 ** (self.bits - 1))
         zeros = middle if self.zeros is None else self.zeros[..., None].float()
         return ((self.codes.float() - zeros) * self.scales[..., None]).flatten(1)[:, :in_features]
-
-
-def as_blocks(weight: Tensor, block_size: int) -> Tensor:
-    """[out, in] to [out, blocks, block_size], filled up with zeros."""
-    return pad(weight, (0, -weight.shape[1] % block_size)).view(weight.shape[0], -1, block_size)
 
 
 def round_4bit(weight: Tensor, block_size: int, moment: Tensor | None = None) -> Blocks:

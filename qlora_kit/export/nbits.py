@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from torch import Tensor
-from torch.nn.functional import pad
 
 from qlora_kit.export.grid4 import Blocks, round_4bit, round_8bit
 from qlora_kit.export.linear import MICROSOFT, DataFile, Linear, node
 from qlora_kit.export.parameters import MergedWeights
+from qlora_kit.model.int4_blocks import pack_4bit
 
 BLOCK_SIZE = 32
 ACCURACY_LEVEL = 4
@@ -90,8 +90,5 @@ def lookup_nodes(gather: onnx.NodeProto, head: Linear, in_features: int, data: D
 
 def packed(codes: Tensor, bits: int) -> np.ndarray:
     """uint8 [..., n] to [..., ceil(n · bits / 8)]; of 4-bit codes the even one is in the low half of a byte."""
-    if bits == 4:
-        codes = pad(codes, (0, codes.shape[-1] % 2))
-        codes = codes[..., ::2] | codes[..., 1::2] << 4
-    array: np.ndarray = codes.contiguous().numpy()
+    array: np.ndarray = (pack_4bit(codes) if bits == 4 else codes).contiguous().numpy()
     return array

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,10 +13,9 @@ from qlora_kit.errors import ExportError
 from qlora_kit.export.merge import LayerDelta, merge_adapter
 from qlora_kit.model.quantize import Quantization
 from qlora_kit.model.quantized import QuantizedLinear
+from qlora_kit.recipe import Onto
 from qlora_kit.train.restore import load_run_base
 from qlora_kit.train.run_folder import RunFolder
-
-Onto = Literal["dequantized", "original", "requantized"]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from qlora_kit.export.bundle import make_bundle
 from qlora_kit.export.calibration import linear_moments
 from qlora_kit.export.codes import QUANT_TYPES, coded_layers
 from qlora_kit.export.merge import LayerDelta, save_merged
-from qlora_kit.export.onto import Onto, merge_onto
+from qlora_kit.export.onto import merge_onto
 from qlora_kit.export.rows import calibration_rows, proof_rows, reference_rows
 from qlora_kit.export.smoothing import smooth
 from qlora_kit.export.task_bundle import TaskModel, make_task_bundle
@@ -27,7 +27,7 @@ from qlora_kit.export.task_proof import TaskDistances, bundled_task, context_len
 from qlora_kit.export.verify import PROFILES, Distances
 from qlora_kit.model.load import to_reference
 from qlora_kit.model.source import sha256_file
-from qlora_kit.recipe import Recipe
+from qlora_kit.recipe import Onto, Recipe
 from qlora_kit.train.records import tool_versions
 from qlora_kit.train.restore import load_run_tokenizer, load_tuned, run_task
 from qlora_kit.train.run_folder import RunFolder, write_json
@@ -51,11 +51,11 @@ def export_run(
         VerificationError: a bundle is past its profile's tolerance (the others are still made).
     """
     recipe, tokenizer = run.recipe(), load_run_tokenizer(run)
-    names = profiles or list(recipe.export.profiles)
+    names, onto = profiles or list(recipe.export.profiles), onto or recipe.export.onto
     for name in names:
         if name not in PROFILES:
             raise ExportError("no such profile", got=name, allowed=", ".join(PROFILES))
-        _require_fitting(name, recipe, onto or recipe.export.onto)
+        _require_fitting(name, recipe, onto)
     if reason := method_for(recipe.adapter).cannot_merge:
         raise ExportError(
             f"adapter.method {recipe.adapter.method} cannot be exported: {reason}",
@@ -63,7 +63,7 @@ def export_run(
         )
     with run.lock():
         sources = _provenance(run)
-        make = _merge(run, recipe, tokenizer, names, sources, onto or recipe.export.onto, console)
+        make = _merge(run, recipe, tokenizer, names, sources, onto, console)
         made: dict[str, Found] = {}
         failures: list[ExportError] = []
         for name in names:

@@ -18,6 +18,7 @@ def run_model_action(options: argparse.Namespace) -> None:
 def _quantize(options: argparse.Namespace) -> None:
     from qlora_kit.model.cache import made_as
     from qlora_kit.model.load import DTYPES, load_base
+    from qlora_kit.model.quantize import Quantization
     from qlora_kit.model.source import find_base
     from qlora_kit.model.stored import is_stored
     from qlora_kit.model.storing import write_stored
@@ -28,9 +29,9 @@ def _quantize(options: argparse.Namespace) -> None:
     source = find_base(options.model, options.revision)
     if is_stored(source.folder):
         raise ModelError(f"{options.model} is quantized already", fix="Give the model that it was made from")
-    nested = not options.no_double_quant
-    how = made_as(source, {"kind": options.quant, "double_quant": nested}, dtype, "cpu", None, "AutoModelForCausalLM")
-    written = write_stored(load_base(source, options.quant, nested, dtype), source.folder, target, how)
+    quant = Quantization(options.quant, not options.no_double_quant)
+    how = made_as(source, quant.options(), dtype, "cpu", None, "AutoModelForCausalLM")
+    written = write_stored(load_base(source, quant.kind, quant.double_quant, dtype), source.folder, target, how)
     before = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     print(f"{target}: {options.quant}, {written / 2**30:.2f} GiB ({before / 2**30:.2f} before)")
 

@@ -50,13 +50,12 @@ def quantize_int4(weight: Tensor, grid: Int4Grid) -> Int4Blocks:
     """The codes of a weight [out, in] of any float dtype, on its device, computed in fp32."""
     parts = []
     for rows in weight.split(_rows_at_once(weight.shape[1])):
-        fill = -rows.shape[1] % grid.block_size  # with zeros, which are among the levels of every block
-        blocks = F.pad(rows.float().contiguous(), (0, fill)).view(len(rows), -1, grid.block_size)
+        blocks = as_blocks(rows.float().contiguous(), grid.block_size)
         scales, zeros = _spanned(blocks)
         if grid.algorithm == "hqq":
             scales = _half_quadratic(blocks, scales, zeros)
         codes = _nearest_codes(blocks, scales, zeros)
-        parts.append(Int4Blocks(_packed(codes), scales.squeeze(2), _packed(zeros.squeeze(2))))
+        parts.append(Int4Blocks(pack_4bit(codes), scales.squeeze(2), pack_4bit(zeros.squeeze(2))))
     return Int4Blocks(*(torch.cat(tensors) for tensors in zip(*parts)))
 
 
@@ -71,6 +70,11 @@ def dequantize_int4(blocks: Int4Blocks, in_features: int, dtype: torch.dtype) ->
         levels = _unpacked(blocks.codes[rows]).view(torch.int8) - zeros[rows].view(torch.int8)[..., None]
         torch.mul(levels.float(), blocks.scales[rows][..., None], out=weight[rows])
     return weight.view(out_features, -1)[:, :in_features].contiguous()
+
+
+def as_blocks(weight: Tensor, block_size: int) -> Tensor:
+    """[out, in] to [out, blocks, block_size], filled up with zeros, which are among the levels of every block."""
+    return F.pad(weight, (0, -weight.shape[1] % block_size)).view(weight.shape[0], -1, block_size)
 
 
 def _spanned(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,12 +118,12 @@ def _rows_at_once(in_features: int) -> int:
     return max(1, _AT_ONCE // in_features)
 
 
-def _packed(values: Tensor) -> Tensor:
+def pack_4bit(values: Tensor) -> Tensor:
     """uint8 [..., ceil(n / 2)] of integers 0 to 15 [..., n], the even one in the low four bits."""
     pairs = F.pad(values, (0, values.shape[-1] % 2)).to(torch.uint8).unflatten(-1, (-1, 2))
     return pairs[..., 0] | pairs[..., 1] << 4
 
 
 def _unpacked(packed: Tensor) -> Tensor:
-    """uint8 [..., 2 n] of what `_packed` made [..., n]."""
+    """uint8 [..., 2 n] of what `pack_4bit` made [..., n]."""
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)

@@ -196,8 +196,8 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, quant={self.quant}, bias={self.bias is not None}"
 
 
-def own_quantized_layers(model: nn.Module) -> int:
-    """Replaces every layer that was loaded quantized by a `QuantizedLinear`, in place. Returns how many."""
+def own_quantized_layers(model: nn.Module) -> None:
+    """Replaces every layer that was loaded quantized by a `QuantizedLinear`, in place."""
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, PendingInt4)
     layers: list[tuple[str, Any]] = [(name, part) for name, part in model.named_modules() if isinstance(part, kinds)]
     for name, layer in layers:
@@ -208,7 +208,6 @@ def own_quantized_layers(model: nn.Module) -> int:
             own = QuantizedLinear.from_bitsandbytes(layer)
         setattr(model.get_submodule(parent), child, own)
     _forget_quantizer(model)
-    return len(layers)
 
 
 def _forget_quantizer(model: Any) -> None:

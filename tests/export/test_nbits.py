@@ -19,11 +19,12 @@ from tiny_run import changed_copy
 from torch import Tensor
 
 from qlora_kit.export.forms import BITS_4, BITS_8, eight_bit_layers
-from qlora_kit.export.grid4 import Blocks, as_blocks, fit_blocks, round_4bit, round_8bit
+from qlora_kit.export.grid4 import Blocks, fit_blocks, round_4bit, round_8bit
 from qlora_kit.export.linear import DataFile, Linear
 from qlora_kit.export.nbits import Rounded8, write_blocks
 from qlora_kit.export.parameters import MergedWeights, Rows
 from qlora_kit.export.run import export_run
+from qlora_kit.model.int4_blocks import as_blocks
 from qlora_kit.train.run_folder import RunFolder
 
 SHAPES = [(48, 100), (7, 64), (33, 31)]

@@ -11,42 +11,20 @@ import pytest
 import torch
 from tiny_models import BOS, CHATML, CONTEXT_LENGTH, EOS, VOCAB_SIZE, tiny_ids, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
+from write_gguf import gguf_name, interleaved
 
 import qlora_kit.model.gguf as converter
 from qlora_kit.errors import ModelError
 from qlora_kit.model.load import load_base, load_tokenizer
 from qlora_kit.model.source import find_base
 
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 Q = gguf.GGMLQuantizationType
-
-
-def gguf_name(name: str) -> str:
-    module = name.removesuffix(".weight")
-    if module in OUTER:
-        return f"{OUTER[module]}.weight"
-    _, _, layer, rest = module.split(".", 3)
-    return f"blk.{layer}.{NAMES[rest]}.weight"
 
 
 def to_gguf_layout(name: str, weight: np.ndarray, config) -> np.ndarray:
     """llama.cpp interleaves the rotary halves of q and k."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    if heads is None:
-        return weight
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return weight if heads is None else interleaved(weight, heads)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, eos: bool = True) -> None:

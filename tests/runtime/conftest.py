@@ -1,6 +1,7 @@
 """One tiny random Llama, exported once per session and arranged as a bundle."""
 
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,20 @@ from tiny_run import made_once
 from tiny_tasks import TASKS, make_tiny_bundle, save_task_model
 
 from .tiny import Tiny, build_graph, make_tiny, reference_prompt, write_tiny_manifest
+
+
+@pytest.fixture
+def caches(bundle, monkeypatch) -> list[weakref.ref]:
+    """The cache of each answer that is begun from now on, as long as it lives."""
+    real, born = bundle._decoder.empty_cache, []
+
+    def empty_cache(batch: int, capacity: int):
+        values = real(batch, capacity)
+        born.extend(weakref.ref(value) for value in values)
+        return values
+
+    monkeypatch.setattr(bundle._decoder, "empty_cache", empty_cache)
+    return born
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Text from prompts and chats, and where it ends."""
 
-import weakref
 from threading import Event
 
 import pytest
@@ -125,20 +124,12 @@ def test_no_piece_holds_a_stop_string_wherever_its_tokens_begin(bundle, whole, s
     assert "".join(pieces) == whole.text[: whole.text.index(stop)]
 
 
-def test_a_stream_that_is_closed_frees_its_cache(bundle, monkeypatch):
-    real, born = bundle._decoder.empty_cache, []
-
-    def empty_cache(batch: int, capacity: int):
-        values = real(batch, capacity)
-        born.extend(weakref.ref(value) for value in values)
-        return values
-
-    monkeypatch.setattr(bundle._decoder, "empty_cache", empty_cache)
+def test_a_stream_that_is_closed_frees_its_cache(bundle, caches):
     stream = stream_text(bundle, PROMPT)
     next(stream)
-    assert born and all(value() is not None for value in born)
+    assert caches and all(value() is not None for value in caches)
     stream.close()
-    assert all(value() is None for value in born)
+    assert all(value() is None for value in caches)
     assert list(stream) == []
 
 
