@@ -14,6 +14,7 @@ from qlora_kit.export.merge import LayerDelta, merge_adapter
 from qlora_kit.model.quantize import Quantization
 from qlora_kit.model.quantized import QuantizedLinear
 from qlora_kit.recipe import Onto
+from qlora_kit.train.adapted_model import int4_grid
 from qlora_kit.train.restore import load_run_base
 from qlora_kit.train.run_folder import RunFolder
 
@@ -33,7 +34,9 @@ def merge_onto(run: RunFolder, model: PreTrainedModel, onto: Onto = "dequantized
     deltas = merge_adapter(model)
     if onto == "dequantized":
         return deltas
+    base = run.recipe().base
     original = load_run_base(run, "none") if onto == "original" else None
+    codes = Quantization(base.quant, base.double_quant, grid=int4_grid(base))
     for name, layer in quantized.items():
         plain_name = name.removesuffix(".base_layer")
         plain: Any = model.get_submodule(plain_name)
@@ -41,8 +44,7 @@ def merge_onto(run: RunFolder, model: PreTrainedModel, onto: Onto = "dequantized
             whole: Any = original.get_submodule(plain_name)
             plain.weight += whole.weight.float() - _as_stored(plain, layer.dequantize(torch.float32))
         else:
-            again = Quantization(layer.quant, layer.nested_block_size > 0)
-            rounded = again.quantize(_as_stored(plain, plain.weight.detach()).contiguous(), None)
+            rounded = codes.quantize(_as_stored(plain, plain.weight.detach()).contiguous(), None)
             plain.weight.copy_(_as_stored(plain, rounded.dequantize(torch.float32)))
     return deltas
 

@@ -21,7 +21,7 @@ from qlora_kit.model.stored import FORMAT, is_stored, read_stored
 from qlora_kit.model.storing import write_stored
 from qlora_kit.model.weights import sha256_once
 
-_BACKENDS = ("bitsandbytes", "torch", "transformers")
+_BACKENDS = ("bitsandbytes", "qlora-kit", "torch", "transformers")  # int4 is quantized here
 _log = logging.getLogger("qlora_kit")
 
 

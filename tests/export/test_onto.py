@@ -11,13 +11,15 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from tiny_run import changed_copy
+from tiny_models import save_tiny_model
+from tiny_run import changed_copy, train, write_recipe
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.cli import main
 from qlora_kit.errors import ExportError
 from qlora_kit.export.onto import merge_onto
 from qlora_kit.export.run import export_run
+from qlora_kit.model.int4_blocks import Int4Grid, dequantize_int4, quantize_int4
 from qlora_kit.model.quantized import QuantizedLinear, bnb
 from qlora_kit.train.restore import load_run_base, load_tuned
 from qlora_kit.train.run_folder import RunFolder
@@ -57,6 +59,15 @@ def test_requantized_is_the_merged_weight_in_the_bases_codes(trained_run: Path) 
         codes, state = bnb.functional.quantize_4bit(plain[name], quant_type="nf4", compress_statistics=True)
         torch.testing.assert_close(again[name], bnb.functional.dequantize_4bit(codes, state), atol=1e-6, rtol=0)
         assert not torch.equal(again[name], plain[name])
+
+
+def test_requantized_takes_the_bases_own_grid(tmp_path: Path) -> None:
+    base = {"quant": "int4", "block_size": 64, "int4_algorithm": "rtn"}
+    run = RunFolder.open(train(write_recipe(tmp_path, save_tiny_model(tmp_path / "model"), base=base)))
+    plain, again = merged(run), merged(run, "requantized")
+    for name in quantized_names(run):
+        blocks = quantize_int4(plain[name], Int4Grid(64, "rtn"))
+        assert torch.equal(again[name], dequantize_int4(blocks, plain[name].shape[1], torch.float32)), name
 
 
 def test_export_says_what_it_merged_onto(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
