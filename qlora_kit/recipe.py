@@ -36,7 +36,7 @@ class BaseSection(Section):
     block_size: Literal[32, 64, 128] = 32
     """Weights of an int4 base that share a scale and a zero point: 5.1, 4.6 or 4.3 bits a weight."""
     int4_algorithm: Literal["rtn", "hqq"] = "hqq"
-    """Rounded to the nearest, or with scales fitted so that most errors get smaller (Badri & Shaji 2023)."""
+    """Rounded to the nearest, or with scales fitted after HQQ (Badri & Shaji 2023), zero points kept."""
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Dtype of activations and matrix products; fp16 adds loss scaling."""
     cache: bool = False
