@@ -182,10 +182,13 @@ def _cli_child(
         _die_at_file_event(die_at)
     if file_limit_bytes:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, file_limit_bytes))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, resource.RLIM_INFINITY))
     from qlora_kit.cli import main
 
-    sys.exit(main(words))
+    status = main(words)
+    if file_limit_bytes:  # coverage's own file, written at the exit, may be larger
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    sys.exit(status)
 
 
 def _die_at_file_event(number: int) -> None:
