@@ -147,6 +147,8 @@ class TrainSection(Section):
     """Gradient clipping by global norm."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more work."""
+    mlp_tiles: Positive = 1
+    """Parts of the sequence that each layer's MLP takes in turn: less memory with long rows, and recomputed; exact."""
     log_every: Positive = 1
     """Optimizer steps between lines of metrics.jsonl."""
     eval_every: Positive | None = None

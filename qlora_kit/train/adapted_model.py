@@ -15,6 +15,7 @@ from qlora_kit.adapters.methods import METHODS, method_for
 from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.data.template import resolve_template
 from qlora_kit.errors import TrainingError
+from qlora_kit.kernels.tiled_mlp import tile_mlps
 from qlora_kit.model.int4_blocks import Int4Grid
 from qlora_kit.model.load import DTYPES, Architecture, head_modules, load_base, load_tokenizer
 from qlora_kit.model.processor import load_processor
@@ -96,6 +97,8 @@ def load_for_training(
     method.inject(model)
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(model)
+    if recipe.train.mlp_tiles > 1 and not tile_mlps(model, recipe.train.mlp_tiles):
+        raise TrainingError(f"{type(model).__name__} has no MLP to tile", fix="Set train.mlp_tiles=1")
     return model.train(), method
 
 

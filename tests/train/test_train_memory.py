@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import save_tiny_model
 from tiny_runs import adapter_sha256, resume_here, tiny_recipe, train_here, unfinish
 
 from qlora_kit.data.masking import Encoded
-from qlora_kit.errors import OutOfMemory, RecipeError
+from qlora_kit.errors import OutOfMemory, RecipeError, TrainingError
 from qlora_kit.train.loop import train_step
 from qlora_kit.train.memory_limit import LimitPassed, MemoryLimit, anonymous_bytes
 from qlora_kit.train.micro_batches import MicroBatches
@@ -190,3 +191,18 @@ def test_another_failure_of_a_step_is_no_shortage(
 def test_sizes_that_mean_nothing_are_refused(tmp_path: Path, size: str) -> None:
     with pytest.raises(RecipeError, match=r"train\.memory_limit.*GiB"):
         tiny_recipe(tmp_path, tmp_path, train={"memory_limit": size})
+
+
+def test_tiled_mlps_train_the_same(tmp_path: Path, tiny_llama: Path) -> None:
+    plain: dict[str, Any] = {"adapter": {"dropout": 0.0, "dtype": "fp32"}}
+    runs = [
+        train_here(tiny_recipe(tmp_path, tiny_llama, run={"name": f"tiles{n}"}, train={"mlp_tiles": n}, **plain))
+        for n in (1, 3)
+    ]
+    assert losses_of(runs[1]) == pytest.approx(losses_of(runs[0]), rel=1e-5)
+
+
+def test_a_model_without_mlps_cannot_be_tiled(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "opt", "opt")
+    with pytest.raises(TrainingError, match=r"has no MLP to tile\. Set train\.mlp_tiles=1"):
+        train_here(tiny_recipe(tmp_path, model, train={"mlp_tiles": 2}))
