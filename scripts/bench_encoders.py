@@ -80,20 +80,24 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_encoders"), help="where the runs lie")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are written")
     options = parser.parse_args()
-    options.runs.mkdir(parents=True, exist_ok=True)
-    if "addresses" in options.tasks:
-        for name, rows in zip(("addresses", "addresses-eval"), addresses(options.data)):
-            write_rows(options.runs / f"{name}.jsonl", rows)
+    prepare(options, options.tasks)
     found = read_results(options.out)
     for seed in options.seeds:
         for task in options.tasks:
             for name in options.variants:
                 by_seed = found.setdefault(task, {}).setdefault(name, {})
                 if by_seed.get(str(seed), {}).get("lr") != _lr(task, name):
-                    run = _train(options, task, name, seed)
-                    score = _score(run, BENCHES[task].score)
-                    by_seed[str(seed)] = {"score": score, "lr": _lr(task, name), **manifest(run)["results"]}
+                    run = tuned_run(options, task, name, VARIANTS[name], _lr(task, name), seed)
+                    by_seed[str(seed)] = {"score": score(run, task), "lr": _lr(task, name), **manifest(run)["results"]}
                     _report(found, environment(run), options.out)  # each time: what is done stays done
+
+
+def prepare(options: argparse.Namespace, tasks: list[str]) -> None:
+    """Makes options.runs, with the rows of the addresses in it where they are among the tasks."""
+    options.runs.mkdir(parents=True, exist_ok=True)
+    if "addresses" in tasks:
+        for name, rows in zip(("addresses", "addresses-eval"), addresses(options.data)):
+            write_rows(options.runs / f"{name}.jsonl", rows)
 
 
 def read_results(out: Path) -> Found:
@@ -107,15 +111,15 @@ def _lr(task: str, name: str) -> float:
     return BENCHES[task].full_lr if name == FULL else BENCHES[task].lora_lr * LR_FACTORS.get(name, 1.0)
 
 
-def _train(options: argparse.Namespace, task: str, name: str, seed: int) -> Path:
-    """A trained and evaluated run."""
+def tuned_run(options: argparse.Namespace, task: str, name: str, adapter: dict[str, Any], lr: float, seed: int) -> Path:
+    """A trained and evaluated run of an adapter section of the recipe, called after `name`."""
     bench = BENCHES[task]
     folder = options.runs if task == "addresses" else options.data
     recipe: dict[str, dict[str, Any]] = {
         "run": {"name": "unnamed", "seed": seed},
         "task": {"type": bench.type},
         "base": {"model": str(options.model)},
-        "adapter": VARIANTS[name],
+        "adapter": adapter,
         "data": {"train": str(folder / bench.train), "eval": str(folder / bench.eval), "max_seq_len": 128},
         "train": {
             "micro_batch_size": ROWS,
@@ -127,14 +131,12 @@ def _train(options: argparse.Namespace, task: str, name: str, seed: int) -> Path
     }
     recipe["data"]["overlong"] = "truncate"
     recipe["train"] |= {"gradient_checkpointing": False, "threads": options.threads, "save_every": None}
-    recipe["train"]["lr"] = _lr(task, name)
-    if name == FULL:
+    recipe["train"]["lr"] = lr
+    if adapter["method"] == "full":
         recipe["base"]["quant"] = "none"
     file = options.runs / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    folder_name = (
-        f"{task}-{name.replace(', ', '-').replace(' ', '').replace('+', '-plus')}-lr{_lr(task, name):g}-seed{seed}"
-    )
+    folder_name = f"{task}-{name.replace(', ', '-').replace(' ', '').replace('+', '-plus')}-lr{lr:g}-seed{seed}"
     run = train_run(str(file), folder_name, options.runs, [])
     if not (run / "eval" / "results.json").exists():
         subprocess.run([sys.executable, "-m", "qlora_kit.cli", "eval", str(run), "--forms", "tuned"], check=True)
@@ -168,9 +170,9 @@ def _row(task: str, name: str, of: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def _score(run: Path, name: str) -> float:
+def score(run: Path, task: str) -> float:
     forms: dict[str, Any] = json.loads((run / "eval" / "results.json").read_text(encoding="utf-8"))["forms"]
-    return float(forms["tuned"]["scores"][name]["value"])
+    return float(forms["tuned"]["scores"][BENCHES[task].score]["value"])
 
 
 if __name__ == "__main__":
