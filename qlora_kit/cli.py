@@ -47,17 +47,9 @@ def run_doctor(options: argparse.Namespace) -> None:
 
 
 def run_plan(options: argparse.Namespace) -> None:
-    from rich.console import Console
+    from qlora_kit.plan.command import plan_command
 
-    from qlora_kit.plan import device_here, find_config, plan, print_plan
-    from qlora_kit.recipe_file import load_recipe
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    result = plan(recipe, find_config(recipe.base), device=options.device or device_here())
-    if options.json:
-        print(json.dumps(result.to_json(), indent=2))
-    else:
-        print_plan(result, Console(), found_here=options.device is None)
+    plan_command(options)
 
 
 def run_data(options: argparse.Namespace) -> None:
@@ -86,9 +78,13 @@ def run_train(options: argparse.Namespace) -> None:
     else:
         raise RunError("train needs a recipe, or --resume RUN", fix="See qlora-kit train --help")
     from qlora_kit.train.loop import train
+    from qlora_kit.train.planned import planned, refuse_what_cannot_fit
     from qlora_kit.train.progress import make_progress
 
-    train(recipe, run, make_progress(options.mode), resume=bool(options.resume))
+    progress, plan = make_progress(options.mode), planned(recipe)
+    if not options.anyway:
+        refuse_what_cannot_fit(recipe, plan)
+    train(recipe, run, progress, bool(options.resume), plan.total_bytes if plan else None)
     from accelerate import PartialState
 
     from qlora_kit.report import write_report

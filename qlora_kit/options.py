@@ -48,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _plan(parser: argparse.ArgumentParser) -> None:
     _add_recipe(parser)
     parser.add_argument("--device", choices=["cuda", "cpu"], help="where it would train (default: what is here)")
+    parser.add_argument("--budget", type=_size, metavar="SIZE", help="find the fastest variant that fits, e.g. 8GiB")
+    parser.add_argument("--output", metavar="FILE", help="write the recipe that was planned")
+    parser.add_argument("--measure", action="store_true", help="time a matrix product here, for an estimate of speed")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
@@ -61,6 +64,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     _add_recipe(parser, nargs="?")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder from its newest whole checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="start again where the run folder exists")
+    parser.add_argument("--anyway", action="store_true", help="also where the plan says that memory does not suffice")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quiet", dest="mode", action="store_const", const="quiet", help="say nothing but errors")
     mode.add_argument("--json", dest="mode", action="store_const", const="json", help="JSON lines on standard output")
@@ -159,6 +163,14 @@ def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str
 
     read.__name__ = kind.__name__  # argparse names it where `kind` refuses the text
     return read
+
+
+def _size(text: str) -> str:
+    from qlora_kit.section import is_size
+
+    if not is_size(text):
+        raise argparse.ArgumentTypeError(f"{text} is no size; write for example 8GiB or 600MiB")
+    return text
 
 
 def _names(text: str) -> list[str]:

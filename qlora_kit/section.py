@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -10,12 +11,18 @@ Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-MemorySize = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(GiB|MiB)$")]
+SIZE = r"^[0-9]+(\.[0-9]+)?(GiB|MiB)$"
+MemorySize = Annotated[str, Field(pattern=SIZE)]
 ONE, SEVERAL = "<one>", "<several>"  # which form of a field an error speaks of
 
 
 def one_or_several(value: object) -> str:
     return SEVERAL if isinstance(value, list) else ONE
+
+
+def is_size(text: str) -> bool:
+    """Whether it is a MemorySize."""
+    return re.fullmatch(SIZE, text) is not None
 
 
 def size_in_bytes(size: str) -> int:

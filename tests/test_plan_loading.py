@@ -70,7 +70,7 @@ def test_moments_of_inputs_are_counted(calibration: str) -> None:
 def test_the_total_is_that_of_loading_where_it_takes_more() -> None:
     small = {"data": {"train": "t.jsonl", "max_seq_len": 8}}
     found = plan(recipe_of(base={"model": "tiny"}, adapter={"method": "pissa", "rank": 1}, **small), CONFIG)
-    assert found.total_bytes == found.loading_bytes > found.exact_bytes + found.rough_bytes
+    assert found.total_bytes == found.loading_bytes > found.training_bytes
     tree = json.loads(json.dumps(found.to_json()))
     assert [part["name"] for part in tree["loading"]] == ["base, whole", "one layer decomposed"]
     assert tree["loading_bytes"] == tree["total_bytes"] == sum(part["bytes"] for part in tree["loading"])
@@ -86,7 +86,7 @@ def test_the_total_is_that_of_loading_where_it_takes_more() -> None:
 def test_other_methods_load_it_quantized(method: str) -> None:
     found = plan(recipe_for(method), CONFIG)
     assert found.loading == [] and found.loading_bytes == 0
-    assert found.total_bytes == found.exact_bytes + found.rough_bytes
+    assert found.total_bytes == found.training_bytes
 
 
 def test_the_settings_say_what_the_methods_do() -> None:

@@ -12,12 +12,18 @@ from qlora_kit.recipe import BaseSection, Recipe
 
 @dataclass(frozen=True)
 class Component:
-    """One part of the memory. `exact` is False for estimates, which can be off by half."""
+    """One part of the memory.
+
+    Attributes:
+        exact: False for what comes and goes within a step.
+        mapped: pages of the checkpoint's files, which the system may drop and read again: no memory of its own.
+    """
 
     name: str
     bytes: int
     exact: bool
     note: str = ""
+    mapped: bool = False
 
 
 def base_parts(
@@ -27,8 +33,12 @@ def base_parts(
     in_full: dict[str, int],
     saved: dict[str, int],
     untied: bool = False,
+    mapped: bool = False,
 ) -> Iterable[Component]:
-    """The base model's own tensors; what is trained in full is trained in place, and fp16 is too coarse for that."""
+    """The base model's own tensors; what is trained in full is trained in place, and fp16 is too coarse for that.
+
+    `mapped`: what is stored in the files as it is used is not copied from there.
+    """
     width = BYTES[base.compute_dtype]
     in_place = max(width, 4) if base.compute_dtype == "fp16" else width
 
@@ -40,19 +50,29 @@ def base_parts(
     bits = sum(stored_bytes(linear.weights, linear.out_features, base) for linear in packed)
     label = base.quant + (", double" if base.double_quant and base.quant in ("nf4", "fp4") else "")
     stored = f"{label}; {8 * bits / max(1, sum(linear.weights for linear in packed)):.2f} bits a weight"
-    yield Component("linear layers", bits, True, base.compute_dtype if base.quant == "none" else stored)
+    as_it_is = base.quant == "none"
+    yield Component("linear layers", bits, True, base.compute_dtype if as_it_is else stored, mapped and as_it_is)
     if whole:
         yield Component("linear layers trained in full", plain(f"{linear.name}.weight" for linear in whole), True)
     biases = plain(f"{linear.name}.bias" for linear in shapes.linears if linear.bias)
-    yield Component("embeddings", plain(shapes.embeddings), True, base.compute_dtype)
-    yield _head(shapes, untied, base.compute_dtype, plain)
-    yield Component("norms and biases", plain(shapes.norms) + biases, True, base.compute_dtype)
+    yield Component(
+        "embeddings",
+        plain(shapes.embeddings),
+        True,
+        base.compute_dtype,
+        mapped and not in_full.keys() & shapes.embeddings.keys(),
+    )
+    yield _head(shapes, untied, base.compute_dtype, plain, mapped and f"{shapes.head.name}.weight" not in in_full)
+    yield Component("norms and biases", plain(shapes.norms) + biases, True, base.compute_dtype, mapped)
 
 
-def _head(shapes: ModelShapes, untied: bool, dtype: str, plain: Callable[[Iterable[str]], int]) -> Component:
+def _head(
+    shapes: ModelShapes, untied: bool, dtype: str, plain: Callable[[Iterable[str]], int], mapped: bool
+) -> Component:
     """A tied head that gets an adapter is trained beside a copy of the embedding (adapters/inject.py: untie_head)."""
+    name = f"{shapes.head.name}.weight"
     if not shapes.tied:
-        return Component("output head", plain([f"{shapes.head.name}.weight"]), True, dtype)
+        return Component("output head", plain([name]), True, dtype, mapped)
     if not untied:
         return Component("output head", 0, True, "tied to the embedding")
     return Component("output head", shapes.head.weights * BYTES[dtype], True, "the embedding copied, for an adapter")

@@ -1,7 +1,7 @@
-"""Where the memory of a run goes, in bytes: stored tensors exactly, activations roughly.
+"""Where the memory of a run goes, in bytes: what is stored, and what comes on top at each moment of the run.
 
-"Exact" is what the tensors hold; allocators, CUDA's own context (about half a GB) and Python with its libraries
-(about 0.7 GB of host memory) come on top.
+Counted is what the run adds to a process that has imported its libraries: Python with them (about 0.35 GB of host
+memory) and CUDA's own context (about half a GB) come on top.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 from qlora_kit.adapters.settings import AdapterSettings, LoraSettings
 from qlora_kit.errors import AdapterError
 from qlora_kit.plan.base import Component, base_parts, loading_parts, teacher_parts
+from qlora_kit.plan.moments import Moment, moments
 from qlora_kit.plan.shapes import Linear, ModelShapes, model_shapes
 from qlora_kit.plan.stored import BYTES, Device, optimizer_bytes
+from qlora_kit.plan.time import flops_per_token
 from qlora_kit.plan.trained import find_targets, parameters_saved, trained_biases
 from qlora_kit.recipe import Recipe, TrainSection
 
@@ -31,7 +33,10 @@ class Plan:
         adapter_parameters: weights that the adapter adds.
         trainable_parameters: these, and modules and biases trained in full.
         targets: names of the linear layers that get an adapter.
+        components: what is stored throughout, and gradients.
+        moments: what is held at each moment at which most is, part by part.
         loading: what is there at once before the first step, where the base is loaded whole; none of it stays.
+        flops_per_token: floating-point operations of a training step for each token of it.
     """
 
     model: str
@@ -42,17 +47,38 @@ class Plan:
     trainable_parameters: int
     targets: list[str]
     components: list[Component]
+    moments: list[Moment]
     loading: list[Component]
+    flops_per_token: float
 
     @property
     def exact_bytes(self) -> int:
-        """Weights, adapter, gradients and optimizer states."""
-        return sum(part.bytes for part in self.components if part.exact)
+        """Weights, adapter, gradients and optimizer states, in memory of the run's own."""
+        return sum(part.bytes for part in self.components if not part.mapped)
 
     @property
-    def rough_bytes(self) -> int:
-        """Activations, logits and the weight that is expanded for the moment of use."""
-        return sum(part.bytes for part in self.components if not part.exact)
+    def mapped_bytes(self) -> int:
+        """Weights that stay mapped to the checkpoint's files: pages that the system may drop and read again."""
+        return sum(part.bytes for part in self.components if part.mapped)
+
+    @property
+    def highest(self) -> Moment:
+        """The moment of training at which most is held."""
+        return max(self.moments, key=lambda moment: moment.bytes)
+
+    @property
+    def beside(self) -> dict[str, int]:
+        """What comes and goes: parts of the highest moment that are not stored."""
+        stored = {part.name for part in self.components}
+        return {name: size for name, size in self.highest.parts.items() if name not in stored}
+
+    @property
+    def in_use_bytes(self) -> int:
+        return sum(self.beside.values())
+
+    @property
+    def training_bytes(self) -> int:
+        return self.highest.bytes
 
     @property
     def loading_bytes(self) -> int:
@@ -62,20 +88,21 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Of training, or of loading where that takes more."""
-        return max(self.exact_bytes + self.rough_bytes, self.loading_bytes)
+        return max(self.training_bytes, self.loading_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`, totals included."""
-        totals = ("exact_bytes", "rough_bytes", "loading_bytes", "total_bytes")
+        totals = ("exact_bytes", "mapped_bytes", "in_use_bytes", "training_bytes", "loading_bytes", "total_bytes")
         return asdict(self) | {name: getattr(self, name) for name in totals}
 
 
-def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Plan:
+def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda", stored: str | None = None) -> Plan:
     """The memory of a run from its recipe and the base model's config.json; loads nothing.
 
     Args:
         config: as in config.json of a Hugging Face model, see `find_config`.
         device: where it trains; 8-bit and paged optimizers exist on CUDA only.
+        stored: dtype of the checkpoint's tensors, see `stored_dtype`; None counts all of them as copied.
 
     Raises:
         ModelError: the architecture is unknown or the config incomplete.
@@ -107,6 +134,14 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Pla
         )
     new_rows = len(adapter.new_tokens) * shapes.hidden
     in_full = {name: size + (new_rows if _is_vocabulary(name, shapes) else 0) for name, size in in_full.items()}
+    mapped = device == "cpu" and stored == recipe.base.compute_dtype
+    components = [
+        *base_parts(shapes, parameters, recipe.base, in_full, saved, shapes.head in targets, mapped),
+        *_training(added, list(in_full.values()), recipe, device),
+        *_kept_by_method(targets, adapter),
+        *teacher_parts(shapes, parameters, recipe),
+    ]
+    largest = max(in_full.values(), default=max((size for size, _ in added), default=0))
     return Plan(
         model=recipe.base.model,
         architecture=config["model_type"],
@@ -115,14 +150,10 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda") -> Pla
         adapter_parameters=weights,
         trainable_parameters=weights + sum(in_full.values()),
         targets=[linear.name for linear in targets],
-        components=[
-            *base_parts(shapes, parameters, recipe.base, in_full, saved, shapes.head in targets),
-            *_training(added, list(in_full.values()), recipe, device),
-            *_kept_by_method(targets, adapter),
-            *teacher_parts(shapes, parameters, recipe),
-            *_activations(shapes, recipe),
-        ],
+        components=components,
+        moments=moments(recipe, config["model_type"], shapes, targets, components, largest, device),
         loading=list(loading_parts(parameters, targets, recipe)),
+        flops_per_token=flops_per_token(shapes, weights, recipe),
     )
 
 
@@ -162,29 +193,6 @@ def _optimizer_note(train: TrainSection, device: Device) -> str:
     if device == "cpu" and train.optimizer != "adamw":
         return f"torch AdamW, fp32 ({train.optimizer} needs CUDA)"
     return train.optimizer + (", may move to host memory" if train.optimizer.startswith("paged") else "")
-
-
-def _activations(shapes: ModelShapes, recipe: Recipe) -> Iterable[Component]:
-    """Rough: what autograd keeps for the backward pass of one micro-batch, with fused attention."""
-    width, train = BYTES[recipe.base.compute_dtype], recipe.train
-    tokens = train.micro_batch_size * recipe.data.max_seq_len
-    first = shapes.linears[: len(shapes.linears) // shapes.layers]
-    kept = sum(linear.out_features for linear in first) + shapes.attention_width + 2 * shapes.intermediate
-    norms = 2 * shapes.hidden * (4 + 2 * width)  # each norm keeps its input in fp32 and both results
-    layer = tokens * (kept * width + norms)
-    if train.gradient_checkpointing:
-        stored, note = (
-            shapes.layers * tokens * shapes.hidden * width + layer,
-            "checkpointed: layer inputs and one layer",
-        )
-    else:
-        stored, note = shapes.layers * layer, "all layers, no checkpointing"
-    yield Component("activations", stored, False, f"{tokens} tokens; {note}")
-    logits = tokens * shapes.vocab * (2 * width + 8)
-    yield Component("logits and loss", logits, False, "with gradients, and once in fp32")
-    largest = max((linear.weights for linear in shapes.linears), default=0)
-    expanded = 0 if recipe.base.quant == "none" else largest * (width + 4)
-    yield Component("weight expanded for use", expanded, False, "one layer at a time")
 
 
 def _is_vocabulary(name: str, shapes: ModelShapes) -> bool:

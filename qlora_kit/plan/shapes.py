@@ -38,6 +38,7 @@ class ModelShapes:
         norms: parameter name to number of weights.
         hidden, layers, vocab: width, depth and rows of the vocabulary.
         attention_width, intermediate: inputs of a layer's output and down projections.
+        heads: of a layer's queries.
     """
 
     hidden: int
@@ -45,6 +46,7 @@ class ModelShapes:
     vocab: int
     attention_width: int
     intermediate: int
+    heads: int
     head: Linear
     tied: bool
     linears: list[Linear] = field(default_factory=list)
@@ -113,6 +115,7 @@ def _llama_like(config: Config, family: _Family) -> ModelShapes:
         vocab=vocab,
         attention_width=heads * head_dim,
         intermediate=intermediate,
+        heads=heads,
         head=Linear("lm_head", hidden, vocab),
         tied=bool(config.get("tie_word_embeddings", family.tied)),
         embeddings={"model.embed_tokens.weight": vocab * hidden},
@@ -157,6 +160,7 @@ def _gpt2(config: Config) -> ModelShapes:
         vocab=vocab,
         attention_width=hidden,
         intermediate=inner,
+        heads=_number(config, "n_head"),
         head=Linear("lm_head", hidden, vocab),
         tied=bool(config.get("tie_word_embeddings", True)),
         embeddings={

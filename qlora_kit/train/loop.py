@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.data.masking import Encoded
-from qlora_kit.errors import Interrupted, RunError, TrainingError
+from qlora_kit.errors import Interrupted, TrainingError
 from qlora_kit.recipe import Recipe
 from qlora_kit.train import records
 from qlora_kit.train.checkpoint import TrainState
@@ -22,6 +21,7 @@ from qlora_kit.train.evaluation import evaluate_loss
 from qlora_kit.train.failures import not_finite, out_of_memory
 from qlora_kit.train.growth import resize_adapter
 from qlora_kit.train.optim import clip_factor, gradient_norm, lr_at
+from qlora_kit.train.peak import PeakWatch
 from qlora_kit.train.progress import Progress, QuietProgress
 from qlora_kit.train.resume import begin, resume_from_checkpoint
 from qlora_kit.train.run_folder import RunFolder
@@ -52,15 +52,20 @@ class StepStats:
     """fp16 gradients overflowed: no weight was changed, and the loss scale is halved."""
 
 
-def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = False) -> None:
+def train(
+    recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = False, planned_bytes: int | None = None
+) -> None:
     """Trains the recipe's adapter in `run`, from the start or from the newest whole checkpoint.
 
     Everything is loaded before the first file is written: a recipe that cannot start leaves the folder as it was.
 
+    Args:
+        planned_bytes: what the plan says it takes, to be set against what it took.
+
     Raises:
         QloraKitError: its children say what went wrong; a run that started is left resumable.
     """
-    with run.lock():
+    with run.lock(), PeakWatch(planned_bytes) as watch:
         if not resume:
             run.check_new()
         else:
@@ -68,7 +73,7 @@ def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = Fal
             if records.is_finished(run):
                 progress.say(f"{run.path} is finished: nothing is left to do")
                 return
-        session = start_session(recipe, run, resume)
+        session = start_session(recipe, run, watch, resume)
         progress = progress if session.accelerator.is_main_process else QuietProgress()
         state = resume_from_checkpoint(session) if resume else begin(session)
         try:
@@ -81,13 +86,13 @@ def train(recipe: Recipe, run: RunFolder, progress: Progress, resume: bool = Fal
                 signals.at_once = True  # all steps are done: what follows can be done again
                 _finish(session, state, progress)
         except KeyboardInterrupt:
-            _leave(session, state, "interrupted")
+            records.leave(session, state, "interrupted")
             raise Interrupted("stopped at once", fix=run.how_to_resume()) from None
         except torch.OutOfMemoryError as error:
-            _leave(session, state, "failed")
+            records.leave(session, state, "failed")
             raise out_of_memory(session, state.step, str(error)) from error
         except BaseException as error:
-            _leave(session, state, "interrupted" if isinstance(error, Interrupted) else "failed")
+            records.leave(session, state, "interrupted" if isinstance(error, Interrupted) else "failed")
             raise
         finally:
             progress.stop()
@@ -215,6 +220,8 @@ def _finish(session: Session, state: TrainState, progress: Progress) -> None:
         write_samples(session)
         state.elapsed_s += session.lap()
         session.run.update_manifest(**records.at_end(session, state, loss))
+        if compared := session.watch.compared():
+            progress.say(compared)
         progress.finish(session.run.adapter, step, loss)
     session.accelerator.wait_for_everyone()
 
@@ -240,10 +247,3 @@ def _interrupted(session: Session, state: TrainState) -> Interrupted:
         f"stopped at step {state.step} of {session.total_steps}; a checkpoint is written",
         fix=session.run.how_to_resume(),
     )
-
-
-def _leave(session: Session, state: TrainState, status: str) -> None:
-    """Writes down how the run ended; on a full disk not even that, and the first error is the one to tell."""
-    if session.accelerator.is_main_process:
-        with contextlib.suppress(RunError):
-            session.run.update_manifest(status=status, step=state.step, **records.data_fields(session))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -14,6 +15,7 @@ import psutil
 import torch
 
 from qlora_kit.adapters.inject import trainable_parameters
+from qlora_kit.errors import RunError
 from qlora_kit.model.quantized import QuantizedLinear
 from qlora_kit.model.source import sha256_file
 from qlora_kit.recipe_file import recipe_hash
@@ -117,6 +119,8 @@ def at_end(session: Session, state: TrainState, eval_loss: float | None) -> dict
             "best_eval_loss": state.best_loss,
             "final_eval_loss": eval_loss,
             "stopped_early": state.stopped_early,
+            "peak_bytes": session.watch.peak_bytes,  # of this process, above what its libraries took
+            "planned_bytes": session.watch.planned_bytes,
             "peak_rss_bytes": state.peak_rss_bytes,
             "peak_gpu_bytes": state.peak_gpu_bytes or None,
             "wall_s": state.elapsed_s,
@@ -190,3 +194,10 @@ def peak_rss_bytes() -> int:
 
     factor = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
+
+
+def leave(session: Session, state: TrainState, status: str) -> None:
+    """Writes down how the run ended; on a full disk not even that, and the first error is the one to tell."""
+    if session.accelerator.is_main_process:
+        with contextlib.suppress(RunError):
+            session.run.update_manifest(status=status, step=state.step, **data_fields(session))

@@ -24,6 +24,7 @@ FREE_FIELDS = (
     "run.name:",
     "run.out_dir:",
     "base.cache:",
+    "train.allocator:",
     "train.trackers:",
     "train.log_every:",
     "train.memory_limit:",

@@ -15,6 +15,7 @@ from qlora_kit.train.session import Session
 
 def write_samples(session: Session) -> None:
     """Greedy answers to the first held-out prompts; nothing where the rows are plain text, which asks nothing."""
+    session.watch.stop()  # it keeps expanded weights where there is room for them: not what training takes
     recipe, tokenizer = session.recipe, session.tokenizer
     if not recipe.eval.samples or recipe.task.type != "causal_lm":
         return

@@ -41,6 +41,7 @@ from qlora_kit.train.loss_scale import LossScale
 from qlora_kit.train.memory_limit import MemoryLimit
 from qlora_kit.train.micro_batches import MicroBatches
 from qlora_kit.train.optim import AdapterOptimizer
+from qlora_kit.train.peak import PeakWatch, use_allocator
 from qlora_kit.train.run_folder import RunFolder
 from qlora_kit.train.teacher import start_distillation
 
@@ -68,6 +69,7 @@ class Session:
     notes: list[str]
     micro_batches: MicroBatches
     memory: MemoryLimit
+    watch: PeakWatch
     say: Callable[[str], None] = lambda _: None
     clock: float = field(default_factory=time.perf_counter)
 
@@ -114,13 +116,14 @@ class Session:
         return on_device(self.task.collate(rows, self.tokenizer), self.accelerator.device)
 
 
-def start_session(recipe: Recipe, run: RunFolder, resume: bool = False) -> Session:
+def start_session(recipe: Recipe, run: RunFolder, watch: PeakWatch | None = None, resume: bool = False) -> Session:
     """Loads and prepares everything, data first: a wrong row is found before a model is loaded.
 
     Raises:
         DataError, ModelError, AdapterError, RunError, TrainingError: each names what is wrong and what to do.
     """
     accelerator = make_accelerator(recipe, run)
+    use_allocator(recipe.train.allocator)
     threads = make_deterministic(accelerator.device, recipe.train.threads)
     with accelerator.main_process_first():  # it fills the caches that the others read
         source = find_base(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
@@ -164,6 +167,7 @@ def start_session(recipe: Recipe, run: RunFolder, resume: bool = False) -> Sessi
         notes=[*notes, *data.report.warnings()],
         micro_batches=MicroBatches(recipe.train.micro_batch_size),
         memory=MemoryLimit(accelerator.device, recipe.train.memory_limit_bytes),
+        watch=watch or PeakWatch(),
     )
 
 

@@ -119,7 +119,9 @@ def test_train_modes(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert quiet.out == "" and quiet.err == ""
     assert main(["train", recipe, "--json", "--overwrite"]) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [event["kind"] for event in events if event["kind"] != "eval"] == ["start", "train", "train", "finish"]
+    kinds = [event["kind"] for event in events if event["kind"] != "eval"]
+    assert kinds == ["start", "train", "train", "note", "finish"]
+    assert events[-2]["text"].startswith("memory: planned ")
     assert main(["train", recipe, "--json"]) == 2
     failed = capsys.readouterr()
     event = json.loads(failed.out)

@@ -1,0 +1,7 @@
+"""What a process holds beside its tensors: constants fitted by scripts/bench_memory.py, see benchmarks/memory.md."""
+
+from __future__ import annotations
+
+OVERHEAD = "framework and allocator"
+FRAMEWORK_BYTES = 90 * 2**20
+"""Libraries loaded on the way, code made for matrix products, the tokenizer."""

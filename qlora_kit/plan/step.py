@@ -1,0 +1,76 @@
+"""The moments of a run at which most is held: a training step, an evaluation, an optimizer's update, a checkpoint."""
+
+from __future__ import annotations
+
+from qlora_kit.plan.decoder_layer import KEPT, PASSING, Batch, backward, forward, forward_only
+from qlora_kit.plan.layer_shape import LayerShape
+from qlora_kit.plan.shapes import ModelShapes
+from qlora_kit.plan.tape import Tape
+
+INPUTS, LOSS, SAVING, UPDATE = "layer inputs kept", "logits and loss", "copies while saving", "one weight updated"
+CHUNK_LOGITS = 2**24  # kernels/token_chunks.py
+
+
+def training_tape(
+    held: dict[str, int],
+    shapes: ModelShapes,
+    layers: list[LayerShape],
+    batch: Batch,
+    checkpointed: bool,
+    whole_logits: bool,
+) -> Tape:
+    """One forward and backward pass beside what is `held` throughout (part to bytes)."""
+    tape = Tape(held)
+    stream = batch.tokens * batch.width * shapes.hidden
+    _take_positions(tape, layers[0], batch)
+    tape.take(PASSING, stream)
+    for place, layer in enumerate(layers):
+        forward(tape, layer, batch, keeps=not checkpointed)
+        if checkpointed:
+            tape.take(INPUTS, stream)
+        elif place == 0:
+            tape.give(KEPT, 4 * batch.tokens * (layer.hidden + 1))  # the first norm's input needs no gradient
+    _loss(tape, shapes, batch, whole_logits)
+    for place, layer in reversed(list(enumerate(layers))):
+        if checkpointed:
+            forward(tape, layer, batch, keeps=True)
+        elif place == 0:
+            tape.take(KEPT, 4 * batch.tokens * (layer.hidden + 1))
+        backward(tape, layer, batch)
+        if checkpointed:
+            tape.give(INPUTS, stream)
+    return tape
+
+
+def _loss(tape: Tape, shapes: ModelShapes, batch: Batch, whole: bool) -> None:
+    """The final norm and the head, forward and backward; leaves the gradient of the last layer's output in passing."""
+    tokens, width = batch.tokens, batch.width
+    stream = tokens * width * shapes.hidden
+    tape.take(KEPT, 4 * tokens * (shapes.hidden + 1))
+    if whole:
+        tape.brief(LOSS, 12 * tokens * shapes.vocab)  # log-softmax, its gradient and the loss's, in fp32
+    else:
+        tape.take(PASSING, 3 * stream)  # inputs of tokens with loss, twice, and the gradients of each one's loss
+        tape.brief(LOSS, 8 * min(CHUNK_LOGITS // shapes.vocab * shapes.vocab, tokens * shapes.vocab))
+        tape.give(PASSING, 3 * stream)
+    tape.brief(PASSING, stream + 20 * tokens * shapes.hidden)
+    tape.give(KEPT, 4 * tokens * (shapes.hidden + 1))
+
+
+def evaluation_tape(held: dict[str, int], shapes: ModelShapes, layers: list[LayerShape], batch: Batch) -> Tape:
+    """A forward pass without gradients."""
+    tape = Tape(held)
+    stream = batch.tokens * batch.width * shapes.hidden
+    _take_positions(tape, layers[0], batch)
+    tape.take(PASSING, stream)  # the embeddings, to the end
+    forward_only(tape, layers[-1], batch)
+    tape.take(PASSING, stream)
+    tape.brief(LOSS, 8 * min(CHUNK_LOGITS, batch.tokens * shapes.vocab))
+    return tape
+
+
+def _take_positions(tape: Tape, layer: LayerShape, batch: Batch) -> None:
+    """Rotary positions and, where rows differ in length, a mask."""
+    tape.take(KEPT, 2 * batch.length * batch.width * (layer.query // layer.heads))
+    if batch.masked:
+        tape.take(KEPT, batch.rows * batch.length**2)
