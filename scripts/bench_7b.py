@@ -58,7 +58,7 @@ def _measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     if not (options.keep and (folder / "model.safetensors.index.json").is_file()):
         config = shapes()[name] | ({"num_hidden_layers": options.layers} if options.layers else {})
         write_shape(config, folder, zeros_from=options.zeros_from)
-        _write_tokenizer(folder)
+        write_tokenizer(folder)
     try:
         return {"shape": name, **{child: _in_a_process(options, child, folder) for child in CHILDREN}}
     finally:
@@ -178,7 +178,7 @@ def watched() -> Iterator[list[int]]:
         seen.append(anonymous_bytes())
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """One token a byte: the shapes come without a tokenizer, and the text does not matter."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
