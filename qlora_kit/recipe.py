@@ -180,8 +180,9 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    answer: Literal["none", "choices", "number", "exact"] = "none"
-    """How a row's answer is checked: likeliest of `choices`, last number of the generated text, or exact text."""
+    answer: Literal["none", "choices", "number", "exact", "text"] = "none"
+    """How a row's answer is checked: likeliest of `choices`, last number of the generated text, exact text, or `text`:
+    BLEU, NIST, METEOR, chrF, ROUGE against all completions of the prompt."""
     choices: list[str] = []
     """Completions to choose from; taken from the training rows when left out."""
     max_rows: Positive | None = None

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import yaml
 from bench_runs import RESULTS, against, environment, hardware_line, manifest, metrics, train_run, write
-from e2e_texts import bleu, write_e2e
+from e2e_texts import text_scores, write_e2e
 
 from qlora_kit.adapter_tools.listing import describe
 from qlora_kit.recipe_file import load_recipe, recipe_to_tree
@@ -53,14 +53,14 @@ class Bench:
     Attributes:
         rows: rows of a step.
         write: writes the held-out rows that are scored from the folder of the data, and says which overrides use them.
-        bleu: of a finished run, 0..100; None where only the loss counts.
+        scores: of a finished run by name, its `bleu` in 0..100; None where only the loss counts.
     """
 
     recipe: str
     title: str
     rows: int
     write: Callable[[Path, Path, int], list[str]]
-    bleu: Callable[[Path, Path], float] | None = None
+    scores: Callable[[Path], dict[str, float]] | None = None
 
 
 def write_gsm8k(data: Path, held_out: Path, rows: int) -> list[str]:
@@ -71,7 +71,7 @@ def write_gsm8k(data: Path, held_out: Path, rows: int) -> list[str]:
 
 BENCHES = {
     "gsm8k": Bench("smollm2-gsm8k", "GSM8K answers", 4, write_gsm8k),
-    "e2e": Bench("smollm2-e2e", "E2E, sentences from facts", 8, write_e2e, bleu),
+    "e2e": Bench("smollm2-e2e", "E2E, sentences from facts", 8, write_e2e, text_scores),
 }
 
 
@@ -97,8 +97,8 @@ def main() -> None:
             if str(seed) not in results.setdefault(name, {}):
                 run = _train(options, overrides, name, seed)
                 results[name][str(seed)] = _result(run, name)
-                if bench.bleu:
-                    results[name][str(seed)]["bleu"] = bench.bleu(run, held_out)
+                if bench.scores:
+                    results[name][str(seed)] |= bench.scores(run)
                 _report(options, results, environment(run))  # each time: what is done stays done
 
 
@@ -149,7 +149,7 @@ def _report(options: argparse.Namespace, results: dict[str, dict[str, dict[str, 
         of = results[name]
         losses = {method: [by[seed]["final_eval_loss"] for seed in of if seed in by] for method, by in results.items()}
         paired = len(losses.get("lora", [])) == len(of)
-        bleus = f"{np.mean([result['bleu'] for result in of.values()]):.1f} | " if bench.bleu else ""
+        bleus = f"{np.mean([result['bleu'] for result in of.values()]):.1f} | " if bench.scores else ""
         rows.append(
             f"| {name} | {len(of)} | {bleus}{np.mean(losses[name]):.4f} "
             f"| {against(losses, name, 'lora') if paired else ''} "
@@ -158,7 +158,7 @@ def _report(options: argparse.Namespace, results: dict[str, dict[str, dict[str, 
             f"| {max(result['peak_rss_bytes'] for result in of.values()) / 2**30:.2f} "
             f"| {np.mean([result['tokens_per_s'] for result in of.values()]):.0f} |"
         )
-    columns = ["method", "seeds", *(["BLEU"] if bench.bleu else []), "held-out loss", "less lora", "trained weights"]
+    columns = ["method", "seeds", *(["BLEU"] if bench.scores else []), "held-out loss", "less lora", "trained weights"]
     columns += ["shipped", "peak memory, GiB", "tokens/s"]
     table = (
         f"# Methods on {bench.title}\n\n"

@@ -1,4 +1,4 @@
-"""Scores texts that `qlora-kit predict` wrote: BLEU, chrF, ROUGE, exact match, with 95% bootstrap intervals over rows.
+"""Scores texts that `qlora-kit predict` wrote as `qlora-kit eval` does (eval.answer: text), with 95% intervals.
 
     qlora-kit predict RUN --input rows.jsonl --output answers.jsonl
     python scripts/score_texts.py answers.jsonl --reference target
@@ -17,8 +17,8 @@ from typing import Any
 from qlora_kit.data.examples import RowError
 from qlora_kit.data.sources import read_rows
 from qlora_kit.eval.intervals import Interval
-from qlora_kit.eval.metrics import additive_score, compute_metric
-from qlora_kit.eval.task_score import interval, mean
+from qlora_kit.eval.task_score import interval
+from qlora_kit.eval.task_scores import METEOR_NOTE, texts
 from qlora_kit.recipe import DataSource
 
 
@@ -37,20 +37,13 @@ def main() -> None:
         return
     print(f"{len(answers)} rows")
     for name, value in found.items():
-        print(f"{name:12} {value.value:8.4f} [{value.low:.4f}, {value.high:.4f}]")
+        print(f"{name:17} {value.value:8.4f} [{value.low:.4f}, {value.high:.4f}]")
+    print(METEOR_NOTE)
 
 
 def scores(answers: list[str], references: list[list[str]], seed: int = 0) -> dict[str, Interval]:
-    """BLEU and chrF in 0..100, the others in 0..1; references: [rows][references]."""
-    sides = {"predictions": answers, "references": references}
-    of_rows = compute_metric("rouge", **sides)["scores"] | {"exact_match": _same(answers, references)}
-    found = {name: additive_score(name, **sides) for name in ("bleu", "chrf")}
-    found |= {name: mean(values) for name, values in of_rows.items()}
-    return {name: interval(score, seed) for name, score in found.items()}
-
-
-def _same(answers: list[str], references: list[list[str]]) -> list[int]:
-    return [int(answer in accepted) for answer, accepted in zip(answers, references, strict=True)]
+    """BLEU and chrF in 0..100, NIST from 0 up, the others in 0..1; references: [rows][references]."""
+    return {name: interval(score, seed) for name, score in texts(answers, references).scores.items()}
 
 
 def answers_and_references(

@@ -33,6 +33,7 @@ class EvalRow:
         source: index into the report's sources.
         row: row number in that source.
         place: `FILE row N`.
+        references: completions that the data accepts, the row's own first.
     """
 
     prompt_ids: np.ndarray
@@ -41,6 +42,7 @@ class EvalRow:
     source: int
     row: int
     place: str
+    references: tuple[str, ...]
 
     @property
     def prompt_messages(self) -> list[dict[str, Any]]:
@@ -50,22 +52,32 @@ class EvalRow:
 
 
 def eval_rows(
-    section: DataSection, tokenizer: Any, seed: int, max_rows: int | None = None, report: DataReport | None = None
+    section: DataSection,
+    tokenizer: Any,
+    seed: int,
+    max_rows: int | None = None,
+    report: DataReport | None = None,
+    one_a_prompt: bool = False,
 ) -> list[EvalRow]:
     """The held-out rows of `prepare`, in the order of their source; of more than `max_rows`, a seeded sample.
 
     Args:
         report: gets the counts of the sources that are read.
+        one_a_prompt: rows with the same prompt are one row, the first, with the references of all.
 
     Raises:
         DataError: a row cannot be used, the rows are plain text (which asks nothing), or there are none.
     """
-    held_out = list(_held_out(section, tokenizer, seed, report or DataReport([])))
-    if not held_out:
+    groups: dict[Any, list[tuple[Encoded, Example]]] = {}
+    for row, example in _held_out(section, tokenizer, seed, report or DataReport([])):
+        key = split_key(example, seed) if one_a_prompt else (row.source, row.row)
+        groups.setdefault(key, []).append((row, example))
+    if not groups:
         raise DataError("no held-out row", fix="Check data.eval, or raise data.eval_fraction")
-    held_out = [held_out[k] for k in sample_of([row for row, _ in held_out], max_rows, seed)]
+    held_out = list(groups.values())
+    held_out = [held_out[k] for k in sample_of([rows[0][0] for rows in held_out], max_rows, seed)]
     paths = [source.path for source in section.sources()] + [section.eval or ""]
-    return [_eval_row(row, example, f"{paths[row.source]} row {row.row}", tokenizer) for row, example in held_out]
+    return [_with_references([_eval_row(row, example, paths, tokenizer) for row, example in rows]) for rows in held_out]
 
 
 def sample_of(rows: Sequence[Encoded], max_rows: int | None, seed: int) -> list[int]:
@@ -157,14 +169,21 @@ def _sample_key(row: Encoded, seed: int) -> bytes:
     return hashlib.blake2b(f"{row.source}:{row.row}".encode(), key=seed.to_bytes(8, "little"), digest_size=8).digest()
 
 
-def _eval_row(row: Encoded, example: Example, place: str, tokenizer: Any) -> EvalRow:
+def _with_references(rows: list[EvalRow]) -> EvalRow:
+    """The first of rows with one prompt, with the references of all, each once."""
+    return replace(rows[0], references=tuple(dict.fromkeys(text for row in rows for text in row.references)))
+
+
+def _eval_row(row: Encoded, example: Example, paths: Sequence[str], tokenizer: Any) -> EvalRow:
+    place = f"{paths[row.source]} row {row.row}"
     if isinstance(example, PlainText):
         raise DataError(f"{place}: plain text asks nothing that could be answered", fix="Set eval.answer: none")
     if isinstance(example, PromptCompletion) and tokenizer.chat_template is None:
         special = plain_special(tokenizer, example.prompt)
         ids = tokenizer(example.prompt, add_special_tokens=special)["input_ids"]
         ids = ids[:-1] if special and ids[-1:] == [tokenizer.eos_token_id] else ids
-        return EvalRow(np.array(ids, dtype=np.int32), example.completion, example, row.source, row.row, place)
+        accepted = (example.completion, *example.also)
+        return EvalRow(np.array(ids, dtype=np.int32), example.completion, example, row.source, row.row, place, accepted)
     chat = example if isinstance(example, Conversation) else example.as_conversation()
     last = chat.last_assistant()
     prompt = render_chat(tokenizer, list(chat.messages[:last]), chat.tools, generation_prompt=True)
@@ -173,4 +192,5 @@ def _eval_row(row: Encoded, example: Example, place: str, tokenizer: Any) -> Eva
     completion = message.get("content") or ""
     if message.get("tool_calls"):  # as the template writes them: what a model would have to generate
         completion = find_spans(chat, tokenizer).last_said().removesuffix(end_of_turn(tokenizer))
-    return EvalRow(np.array(ids, dtype=np.int32), completion, example, row.source, row.row, place)
+    accepted = (completion, *(example.also if isinstance(example, PromptCompletion) else ()))
+    return EvalRow(np.array(ids, dtype=np.int32), completion, example, row.source, row.row, place, accepted)

@@ -43,6 +43,8 @@ class PromptCompletion:
 
     prompt: str
     completion: str
+    also: tuple[str, ...] = ()
+    """Completions that are as good: written answers are scored against them too, none is trained on."""
 
     def as_conversation(self) -> Conversation:
         """One user turn and one assistant turn."""
@@ -93,9 +95,11 @@ def _canonical(example: AnyExample) -> str:
     if isinstance(example, PlainText):
         return json.dumps(["text", example.text])
     if not isinstance(example, PromptCompletion | Conversation):
-        return json.dumps([type(example).__name__, asdict(example)], sort_keys=True)
+        fields = {name: value for name, value in asdict(example).items() if name != "also" or value}
+        return json.dumps([type(example).__name__, fields], sort_keys=True)
     chat = example.as_conversation() if isinstance(example, PromptCompletion) else example
-    return json.dumps(["chat", chat.messages, chat.tools], sort_keys=True, default=str)
+    also = [example.also] if isinstance(example, PromptCompletion) and example.also else []
+    return json.dumps(["chat", chat.messages, chat.tools, *also], sort_keys=True, default=str)
 
 
 def _asked(example: TaskExample) -> list[Any]:

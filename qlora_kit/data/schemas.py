@@ -152,7 +152,18 @@ def _text_row(row: dict[str, Any]) -> PlainText:
 
 
 def _prompt_completion_row(row: dict[str, Any]) -> PromptCompletion:
-    return PromptCompletion(_filled(row, "prompt", "empty prompt"), _filled(row, "completion", "empty completion"))
+    completion, *also = _completions(row)
+    return PromptCompletion(_filled(row, "prompt", "empty prompt"), completion, tuple(also))
+
+
+def _completions(row: dict[str, Any]) -> list[str]:
+    """One text, or a list of texts that are as good as each other; the first is the one to learn."""
+    value = row["completion"]
+    if not isinstance(value, list):
+        return [_filled(row, "completion", "empty completion")]
+    if not value:
+        raise RowError("completion is an empty list", reason="empty completion", allowed="a text, or a list of texts")
+    return [_filled({f"completion[{k}]": text}, f"completion[{k}]", "empty completion") for k, text in enumerate(value)]
 
 
 def _alpaca_row(row: dict[str, Any]) -> Conversation:

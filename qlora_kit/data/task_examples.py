@@ -54,6 +54,8 @@ class SourceTarget:
 
     source: str
     target: str | None
+    also: tuple[str, ...] = ()
+    """Targets that are as good: what is written is scored against them too, none is trained on."""
 
 
 @dataclass(frozen=True)

@@ -98,12 +98,20 @@ def asked(cells: Cells, settings: QuestionAnsweringSettings, labelled: bool) -> 
 
 
 def turned(cells: Cells, labelled: bool) -> SourceTarget:
-    """A source and its target.
+    """A source and its target, or a list of targets that are as good; the first is the one to learn.
 
     Raises:
         RowError: one of them is missing, empty or no text.
     """
-    return SourceTarget(cells.text("source"), cells.text("target") if labelled else None)
+    source = cells.text("source")
+    if not labelled:
+        return SourceTarget(source, None)
+    if not isinstance(cells.get("target"), list):
+        return SourceTarget(source, cells.text("target"))
+    places = [f"{cells.name('target')}[{k}]" for k in range(len(_list(cells, "target")))]
+    each = dict(zip(places, cells.value("target")))
+    target, *also = [Cells(each, {"target": place}).text("target") for place in places]
+    return SourceTarget(source, target, tuple(also))
 
 
 def _texts(cells: Cells) -> tuple[str, str | None]:

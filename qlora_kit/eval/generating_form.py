@@ -34,8 +34,9 @@ class TextReader(AnswerReader):
     def blank(self, example: Any) -> Any:
         return replace(example, text=_STAND_IN) if self.task.processor else replace(example, target=_STAND_IN)
 
-    def expected(self, example: Any) -> str:
-        return str(example.text if self.task.processor else example.target)
+    def expected(self, example: Any) -> str | list[str]:
+        """A transcript; of a source all targets that are as good."""
+        return str(example.text) if self.task.processor else [example.target, *example.also]
 
     def piece(self, output: Any, at: int, row: Encoded) -> Piece:
         """int64 [tokens]: what was generated."""

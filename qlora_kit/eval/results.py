@@ -16,6 +16,8 @@ from qlora_kit.eval.intervals import FEWEST_ROWS, Interval
 from qlora_kit.eval.json_file import read_as, write_finite
 
 FORMAT = "qlora-eval/1"
+MOST_COLUMNS = 5
+"""Scores that stand beside each other in a terminal."""
 _BLUE = "#2a6fb0"
 
 
@@ -143,20 +145,28 @@ def _draw(axes: Any, title: str, scale: float, intervals: dict[str, Interval]) -
 
 
 def _print_scores(results: EvalResults, scores: list[str], console: Console, few: bool) -> None:
-    """A task's forms with all scores, its paired differences in the score it is known by, and reports."""
-    table = Table(title=f"{results.rows} held-out rows, 95% intervals", title_justify="left")
-    table.add_column("form")
-    for heading in ["loss", *scores, "seconds"]:
-        table.add_column(heading, justify="right")
+    """A task's forms with all scores, a line each or where these are many a column each, its paired differences in the
+    score it is known by, and reports."""
+    lines = [["form", "loss", *scores, "seconds"]]
     for name, form in results.forms.items():
-        cells = [_cell(form.scores[score], 3, few=few) for score in scores]
-        table.add_row(name, _cell(form.loss, 3, few=few), *cells, f"{form.seconds:.1f}")
+        cells = [_cell(found, 3, few=few) for found in (form.loss, *(form.scores[score] for score in scores))]
+        lines.append([name, *cells, f"{form.seconds:.1f}"])
+    if len(scores) > MOST_COLUMNS:
+        lines = [list(line) for line in zip(*lines)]
+    table = Table(title=f"{results.rows} held-out rows, 95% intervals", title_justify="left")
+    table.add_column(lines[0][0])
+    for heading in lines[0][1:]:
+        table.add_column(heading, justify="right")
+    for line in lines[1:]:
+        table.add_row(*line)
     console.print(table)
     if pairs := [pair for pair in results.pairs if pair.metric == scores[0]]:
         console.print(_pair_table(pairs, few, points=False))
     for name, form in results.forms.items():
         if report := form.details.get("report"):
             console.print(f"{name}\n{report}", markup=False, highlight=False)
+    for note in {form.details["note"]: None for form in results.forms.values() if "note" in form.details}:
+        console.print(note, markup=False, highlight=False)
 
 
 def _score_names(results: EvalResults) -> list[str]:

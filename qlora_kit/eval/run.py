@@ -14,14 +14,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from qlora_kit.data.dataset import prepare, prepare_eval
 from qlora_kit.data.eval_rows import EvalRow, completions_in, encode_choice, eval_rows, sample_of
+from qlora_kit.data.examples import content_hash
 from qlora_kit.data.masking import Encoded
 from qlora_kit.data.report import DataReport
 from qlora_kit.errors import EvalError
 from qlora_kit.eval.forms import FormResult, PairResult, PerRow, compare_forms, score_form
 from qlora_kit.eval.metrics import compute_metric
 from qlora_kit.eval.results import EvalResults, plot_results, print_table, write_results
+from qlora_kit.eval.scored_forms import pairs_of, score_pairs, text_scored
 from qlora_kit.eval.scorers import BundleScorer, Scorer, TorchScorer
 from qlora_kit.eval.task_run import evaluate_task_run
+from qlora_kit.eval.task_score import TaskScores
 from qlora_kit.export.bundle import REJECTED
 from qlora_kit.model.load import to_reference
 from qlora_kit.recipe import Recipe
@@ -58,7 +61,9 @@ def evaluate_run(
         for reason, count in reasons.items():
             console.print(f"{path}: {count} rows left out ({reason})", markup=False, highlight=False)
     choices = _choices(recipe)
+    written = [list(row.references) for row in questions if isinstance(row, EvalRow)]
     results: dict[str, FormResult] = {}
+    scored: dict[str, TaskScores] = {}
     for name in only or forms:
         console.print(f"scoring {name} on {len(questions)} rows", highlight=False)
         started = time.perf_counter()
@@ -68,6 +73,8 @@ def evaluate_run(
             console.print(f"{name} does not fit into this device's memory and is left out", highlight=False)
             continue
         results[name] = score_form(per_row, time.perf_counter() - started, seed=recipe.run.seed)
+        if recipe.eval.answer == "text":
+            results[name], scored[name] = text_scored(results[name], written, recipe.run.seed)
     metrics: dict[str, Any] = {
         "answer": recipe.eval.answer,
         "choices": choices,
@@ -75,7 +82,10 @@ def evaluate_run(
         "confidence": 0.95,
         "left_out": report.left_out(),
     }
-    found = EvalResults(len(questions), results, _pairs(results), metrics)
+    if scored:
+        metrics |= {"labels": [], "references": written, "row_hashes": _hashes(questions)}
+    pairs = score_pairs(results, scored, recipe.run.seed) if scored else _pairs(results)
+    found = EvalResults(len(questions), results, pairs, metrics)
     write_results(run.path, found)
     plot_results(found, run.path / "eval" / "results.png")
     print_table(found, console)
@@ -116,12 +126,14 @@ def held_out_rows(
 ) -> Questions:
     """EvalRows where rows ask something; encoded rows of plain text otherwise. Of more than `max_rows`, a sample.
 
+    Where texts are scored rows with one prompt are one row, with the completions of all as references.
+
     Args:
         report: gets the counts of the sources that are read.
     """
     report, seed = report or DataReport([]), recipe.run.seed
     if recipe.eval.answer != "none":
-        return eval_rows(recipe.data, tokenizer, seed, max_rows, report)
+        return eval_rows(recipe.data, tokenizer, seed, max_rows, report, one_a_prompt=recipe.eval.answer == "text")
     if recipe.data.eval is not None:
         rows = prepare_eval(recipe.data, tokenizer, report)
     else:
@@ -142,8 +154,13 @@ def score_rows(
         return _score_choices(scorer, rows, tokenizer, choices)
     losses = scorer.losses([encode_choice(row, row.completion, tokenizer) for row in rows])
     answers = scorer.answers([row.prompt_ids.tolist() for row in rows], recipe.eval.max_new_tokens)
-    metric = {"number": "last_number", "exact": "exact_match"}[recipe.eval.answer]
-    correct = compute_metric(metric, predictions=answers, references=[row.completion for row in rows])["correct"]
+    correct = None  # a written text is neither right nor wrong
+    if recipe.eval.answer == "number":
+        expected = [row.completion for row in rows]
+        correct = compute_metric("last_number", predictions=answers, references=expected)["correct"]
+    elif recipe.eval.answer == "exact":
+        accepted = [list(row.references) for row in rows]
+        correct = compute_metric("exact_match", predictions=answers, references=accepted)["correct"]
     return PerRow([loss for loss, _ in losses], [tokens for _, tokens in losses], correct, answers)
 
 
@@ -176,15 +193,12 @@ def _choices(recipe: Recipe) -> list[str]:
 
 
 def _pairs(results: dict[str, FormResult]) -> list[PairResult]:
-    """Tuned against the bases, and all that was made from it against tuned."""
-    pairs = [("tuned", name) for name in results if name.startswith("base")]
-    pairs += [(name, "tuned") for name in results if name.startswith(("merged", "bundle"))]
-    compared = []
-    for a, b in pairs:
-        if a in results and b in results:
-            checked = results[a].accuracy is not None
-            compared.append(compare_forms(results, a, b, "accuracy" if checked else "perplexity"))
-    return compared
+    checked = any(form.accuracy for form in results.values())
+    return [compare_forms(results, a, b, "accuracy" if checked else "perplexity") for a, b in pairs_of(results)]
+
+
+def _hashes(questions: Questions) -> list[str]:
+    return [f"{content_hash(row.example):016x}" for row in questions if isinstance(row, EvalRow)]
 
 
 def _with_new_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +37,8 @@ def held_out_task_rows(
 ) -> list[TaskRow]:
     """The rows that training held out, in the order of their sources; of more than `max_rows`, a seeded sample.
 
+    Sources that several rows turn into another target are one row, with all of them to compare with.
+
     Args:
         report: gets the counts of the sources that are read.
 
@@ -52,9 +54,11 @@ def held_out_task_rows(
     windows: dict[tuple[int, int], list[Encoded]] = {}
     for row in encoded:
         windows.setdefault((row.source, row.row), []).append(row)
-    firsts = [found[0] for found in windows.values()]
+    examples = _examples(section, task, windows) if task.settings.type == "seq2seq" else {}
+    grouped = _one_a_source(list(windows), examples)
+    firsts = [windows[place][0] for place in grouped]
     wanted = [(firsts[k].source, firsts[k].row) for k in sample_of(firsts, max_rows, seed)]
-    examples = _examples(section, task, wanted)
+    examples = {place: grouped[place] for place in wanted} if examples else _examples(section, task, wanted)
     paths = [source.path for source in _sources(section)]
     rows = []
     for place in wanted:
@@ -62,6 +66,23 @@ def held_out_task_rows(
         found = task.encode_whole(example, tokenizer, section) if cut else _once(windows[place])
         rows.append(TaskRow(example, found, f"{paths[place[0]]} row {place[1]}"))
     return rows
+
+
+def _one_a_source(places: list[tuple[int, int]], examples: dict[tuple[int, int], Any]) -> dict[tuple[int, int], Any]:
+    """(source, row) to example: rows that turn one text into several are the first of them, with the targets of all.
+
+    Args:
+        examples: of sequence to sequence; none for tasks whose rows stand for themselves.
+    """
+    if not examples:
+        return dict.fromkeys(places)
+    first_of: dict[str, tuple[int, int]] = {}
+    targets: dict[str, dict[str, None]] = {}
+    for place in places:
+        example = examples[place]
+        first_of.setdefault(example.source, place)
+        targets.setdefault(example.source, {}).update(dict.fromkeys([example.target, *example.also]))
+    return {place: replace(examples[place], also=tuple(targets[text])[1:]) for text, place in first_of.items()}
 
 
 def _once(windows: list[Encoded]) -> list[Encoded]:

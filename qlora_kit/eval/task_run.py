@@ -11,16 +11,16 @@ from rich.console import Console
 from qlora_kit.data.examples import content_hash
 from qlora_kit.data.report import DataReport
 from qlora_kit.errors import EvalError
-from qlora_kit.eval.forms import FormResult, PairResult, PerRow, disagreement
+from qlora_kit.eval.forms import FormResult, PerRow
 from qlora_kit.eval.intervals import bootstrap_ratio
 from qlora_kit.eval.results import EvalResults, plot_results, print_table, write_results
+from qlora_kit.eval.scored_forms import score_pairs
 from qlora_kit.eval.task_form import TaskForm
 from qlora_kit.eval.task_forms import find_task_forms
 from qlora_kit.eval.task_readers import reader_of
 from qlora_kit.eval.task_rows import TaskRow, held_out_task_rows
-from qlora_kit.eval.task_score import TaskScores, difference, interval
+from qlora_kit.eval.task_score import TaskScores, interval
 from qlora_kit.eval.task_scores import task_scores
-from qlora_kit.tasks.task import Task
 from qlora_kit.train.restore import load_run_tokenizer, run_task
 from qlora_kit.train.run_folder import RunFolder
 
@@ -52,7 +52,7 @@ def evaluate_task_run(
     found = EvalResults(
         len(rows),
         results,
-        _pairs(task, results, scored, recipe.run.seed),
+        score_pairs(results, scored, recipe.run.seed, numbers=task.settings.type == "regression"),
         {
             "task": task.settings.type,
             "labels": task.labels,
@@ -94,24 +94,6 @@ def score_task_form(
     scores = {name: interval(score, seed) for name, score in found.scores.items()}
     per_row = PerRow(losses, counted, found.correct, answers)
     return FormResult(loss, None, scores.get("accuracy"), len(rows), seconds, per_row, scores, found.details), found
-
-
-def _pairs(
-    task: Task[Any], results: dict[str, FormResult], scored: dict[str, TaskScores], seed: int
-) -> list[PairResult]:
-    """Every score of tuned against the bases', and of all that was made from it against tuned's."""
-    names = [("tuned", name) for name in results if name.startswith("base")]
-    names += [(name, "tuned") for name in results if name.startswith(("merged", "bundle"))]
-    pairs = []
-    for a, b in names:
-        if a not in results or b not in results:
-            continue
-        numbers = task.settings.type == "regression"  # which never agree to the last digit
-        other = None if numbers else disagreement(results[a].per_row.answer, results[b].per_row.answer)
-        for name, score in scored[a].scores.items():
-            found = difference(score, scored[b].scores[name], seed)
-            pairs.append(PairResult(a, b, name, found.value, found.low, found.high, other))
-    return pairs
 
 
 def _say_left_out(report: DataReport, console: Console) -> None:

@@ -14,6 +14,11 @@ from qlora_kit.eval.metrics.seqeval import span_report
 from qlora_kit.eval.task_score import RankScore, Score, TaskScores, mean
 from qlora_kit.task_settings import TaskSettings
 
+METEOR_NOTE = (
+    "meteor_exact_stem matches exact words and English stems alone, no synonyms (those need WordNet): "
+    "not to be compared with published METEOR"
+)
+
 
 def task_scores(
     settings: TaskSettings, answers: Sequence[Any], references: Sequence[Any], labels: list[str]
@@ -140,19 +145,21 @@ def found_answers(answers: Sequence[str], references: Sequence[Sequence[str]], u
     return TaskScores(scores, {}, whole["correct"])
 
 
-def texts(answers: Sequence[str], references: Sequence[str]) -> TaskScores:
-    """BLEU and chrF in 0..100, ROUGE and exact match in 0..1."""
+def texts(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> TaskScores:
+    """BLEU and chrF in 0..100, NIST from 0 up, METEOR, ROUGE and exact match in 0..1; one or more references a row."""
     sides = {"predictions": list(answers), "references": list(references)}
     rouge = compute_metric("rouge", **sides)["scores"]
     correct = compute_metric("exact_match", **sides)["correct"]
     scores: dict[str, Score] = {
         "bleu": additive_score("bleu", **sides),
+        "nist": additive_score("nist", **sides),
+        "meteor_exact_stem": mean(compute_metric("meteor_exact_stem", **sides)["scores"]),
         "chrf": additive_score("chrf", **sides),
         **{kind: mean(values) for kind, values in rouge.items()},
         "exact_match": mean(correct),
     }
     details = {f"{name}_signature": compute_metric(name, **sides)["signature"] for name in ("bleu", "chrf")}
-    return TaskScores(scores, details, correct)
+    return TaskScores(scores, details | {"note": METEOR_NOTE}, correct)
 
 
 def transcripts(answers: Sequence[str], references: Sequence[str]) -> TaskScores:

@@ -39,6 +39,8 @@ def test_exact_match_strips_and_keeps_case_unless_told() -> None:
     rows = {"predictions": [" Paris\n", "paris", "Lyon"], "references": ["Paris", "Paris", "Paris"]}
     assert compute_metric("exact_match", **rows)["correct"] == [1, 0, 0]
     assert compute_metric("exact_match", **rows, ignore_case=True)["correct"] == [1, 1, 0]
+    several = {"predictions": ["b", "c"], "references": [["a", " b"], ["a", "b"]]}
+    assert compute_metric("exact_match", **several)["correct"] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,7 @@ def test_batches_add_up() -> None:
         ("accuracy", {"predictions": ["a", "b"], "references": ["a"]}, "different lengths"),
         ("exact_match", {"predictions": [1], "references": ["a"]}, "cannot be scored"),
         ("exact_match", {"predictions": ["a"]}, "cannot be scored"),
+        ("exact_match", {"predictions": ["a", "b"], "references": [["a"], []]}, "row 1 has no reference"),
         ("last_number", {"predictions": ["1"], "references": ["one"]}, "reference 0 holds no number"),
         ("perplexity", {"loss": [1.0, math.inf], "loss_tokens": [1, 1]}, "row 1 is not finite"),
         ("perplexity", {"loss": [0.0], "loss_tokens": [0]}, "no tokens carry loss"),

@@ -35,8 +35,9 @@ def _made_up(name: str) -> tuple[list, list, list]:
         "seqeval": ["O", "B-A", "I-A", "B-B", "I-B", "I-C"],
         "bleu": list("abcdefgh"),
         "chrf": ["ab", "bcd", "äc", "ef"],
+        "nist": list("abcdefgh"),
     }.get(name, ["x", "y", "z", "rare"])
-    length = 8 if name in ("seqeval", "bleu", "chrf") else 1
+    length = 8 if name in ("seqeval", "bleu", "chrf", "nist") else 1
 
     def draw() -> str:
         return vocabulary[min(int(random.exponential(1.5)), len(vocabulary) - 1)]
@@ -90,11 +91,31 @@ def test_counts_give_what_recomputing_gives(name: str, key: str, options: dict, 
 
 
 def test_every_additive_metric_gives_its_headline() -> None:
-    assert {name for name, *_ in CASES} == set(ADDITIVE)
+    assert {name for name, *_ in CASES} | {"nist"} == set(ADDITIVE)  # nist's weights stay: not what recomputing gives
     for name in ADDITIVE:
         references, close, _ = _made_up(name)
         found = compute_metric(name, predictions=close, references=references)[METRICS[name].headline]
         assert additive_score(name, predictions=close, references=references).value == pytest.approx(found)
+
+
+@pytest.mark.parametrize("order", [1, 3, 5])
+def test_nist_adds_up_to_that_of_nltk(order: int) -> None:
+    """Several references, other lengths, a row without words; a resample keeps what n-grams weigh."""
+    true, close, far = _made_up("nist")
+    several = [[a, *([b] if k % 3 else [])] for k, (a, b) in enumerate(zip(true, far, strict=True))]
+    told = [" ".join(text.split()[: k % 9]) for k, text in enumerate(close)]
+    score = additive_score("nist", predictions=told, references=several, order=order)
+    wanted = compute_metric("nist", predictions=told, references=several, order=order)["nist"]
+    assert score.value == pytest.approx(wanted, abs=1e-12) and wanted > 0
+    doubled = score.of_sums(2 * np.asarray(score.counts).sum(axis=0, keepdims=True))
+    assert doubled[0] == pytest.approx(score.value)
+    found = bootstrap_additive(score, samples=50)
+    assert found.low < found.value < found.high
+
+
+def test_nist_of_nothing_said_is_zero() -> None:
+    score = additive_score("nist", predictions=["", ""], references=["a b", ["c"]])
+    assert score.value == 0 and bootstrap_additive(score, samples=5).high == 0
 
 
 def test_several_labels_a_row_add_up() -> None:

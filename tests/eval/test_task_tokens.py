@@ -26,6 +26,7 @@ from qlora_kit.train.run_folder import RunFolder
 
 __all__ = ["tiny_bert"]
 QUIET = Console(quiet=True)
+KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def predicted(run: RunFolder, rows: list[Any], form: str = "tuned", ending: str = ".jsonl") -> list[dict[str, Any]]:
@@ -207,7 +208,8 @@ def test_generated_texts(tmp_path: Path, kind: str) -> None:
     run = train_task(tmp_path, save_tiny_encoder(tmp_path / "model", kind), task, rows[:20], rows[20:], **changes)
     results = evaluate_run(run, QUIET)
     tuned, targets = results.forms["tuned"], [row["target"] for row in rows[20:]]
-    assert list(tuned.scores) == ["bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match"]
+    assert results.metrics["references"] == [[target] for target in targets]
+    assert list(tuned.scores) == ["bleu", "nist", "meteor_exact_stem", "chrf", *KINDS, "exact_match"]
     answers = answers_of(results)
     assert tuned.scores["bleu"].value == pytest.approx(BLEU().corpus_score(answers, [targets]).score)
     model, tokenizer = load_tuned(run), load_run_tokenizer(run)

@@ -101,7 +101,7 @@ WRONG = [
     ("train.max_grad_norm", 0, "greater than 0"),
     ("train.trackers", ["mlflow"], "'tensorboard' or 'wandb'"),
     ("train.threads", 0, "greater than or equal to 1"),
-    ("eval.answer", "regex", "'none', 'choices', 'number' or 'exact'"),
+    ("eval.answer", "regex", "'none', 'choices', 'number', 'exact' or 'text'"),
     ("eval.max_rows", 0, "greater than or equal to 1"),
     ("eval.samples", 51, "less than or equal to 50"),
     ("eval.dtype", "bf16", "'fp32' or 'compute'"),

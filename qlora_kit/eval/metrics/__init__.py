@@ -52,7 +52,7 @@ METRICS = {
 }
 """Every metric by name, which is its module's here."""
 
-ADDITIVE = ("bleu", "chrf", "f1", "matthews", "pearson", "seqeval", "spearman")
+ADDITIVE = ("bleu", "chrf", "f1", "matthews", "nist", "pearson", "seqeval", "spearman")
 """Metrics that are no mean over rows, yet can be had from sums over rows: see `additive_score`."""
 _COLUMNS = ("predictions", "references", "loss", "loss_tokens")  # all other inputs are options
 
