@@ -79,6 +79,13 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task-data", metavar="FOLDER", help="their rows from files in this folder, not from the hub")
     parser.add_argument("--limit", type=_number(int, 1), help="the first so many rows of each task")
     parser.add_argument("--few-shot", type=_number(int, 0), help="examples in the prompt (default: the task's number)")
+    code = parser.add_argument_group("pass@k of --tasks humaneval")
+    code.add_argument("--samples", type=_number(int, 1), help="programs drawn for each problem: n (default 1)")
+    code.add_argument("--pass-at", metavar="K,K", type=_numbers, help="k of pass@k, each at most n (default 1)")
+    code.add_argument("--temperature", type=_number(float, 0), help="of the draws (default 0: the likeliest, n = 1)")
+    code.add_argument("--seed", type=_number(int, 0), help="of the draws (default 0): same seed, same programs")
+    code.add_argument("--time-limit", metavar="S", type=_number(float, 0.1), help="seconds of a program (default 10)")
+    code.add_argument("--memory-limit", metavar="MIB", type=_number(int, 64), help="MiB of a program (default 512)")
 
 
 def _predict(parser: argparse.ArgumentParser) -> None:
@@ -171,6 +178,15 @@ def _size(text: str) -> str:
     if not is_size(text):
         raise argparse.ArgumentTypeError(f"{text} is no size; write for example 8GiB or 600MiB")
     return text
+
+
+def _numbers(text: str) -> list[int]:
+    """Whole numbers from 1 on, each once, ascending."""
+    read = _number(int, 1)
+    try:
+        return sorted({int(read(name)) for name in _names(text)})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no whole numbers; give for example 1,10") from None
 
 
 def _names(text: str) -> list[str]:

@@ -18,13 +18,16 @@ from tiny_run import changed_copy
 
 from qlora_kit.cli import main
 from qlora_kit.errors import EvalError, RunError
-from qlora_kit.eval.code.sandbox import require_sandbox
-from qlora_kit.eval.harness.pairs import compare_scores, metric_of, rows_of
+from qlora_kit.eval.code.run import Settings
+from qlora_kit.eval.code.sandbox import Limits, require_sandbox
+from qlora_kit.eval.harness.command import code_settings
+from qlora_kit.eval.harness.pairs import compare_scores, metric_of, rows_of, why_not_comparable
 from qlora_kit.eval.harness.results import Benchmarks, Metric, TaskScore, merge_benchmarks, read_benchmarks
 from qlora_kit.eval.harness.run import run_benchmarks
 from qlora_kit.eval.harness.scoring import score_form_on
 from qlora_kit.eval.harness.tasks import load_tasks, local_names
 from qlora_kit.eval.run import find_forms
+from qlora_kit.options import parse_options
 from qlora_kit.train.restore import load_run_tokenizer
 from qlora_kit.train.run_folder import RunFolder
 
@@ -160,6 +163,61 @@ def test_humaneval_beside_lm_eval(run: RunFolder, task_data: Path) -> None:
     assert list(found["merged"]) == ["truthfulqa_mc1", "humaneval"]
     assert (score.rows, score.rows_in_all, score.per_row) == (1, 2, {"pass@1": [0.0]})
     assert score.metrics["pass@1"].value == 0 and (run.path / "eval" / "humaneval_merged.json").exists()
+    command = ["eval", str(run.path), "--tasks", "humaneval", "--task-data", str(task_data), "--limit", "1"]
+    command += ["--forms", "merged"]
+    assert main([*command, "--samples", "3", "--pass-at", "1,2", "--temperature", "0.7", "--time-limit", "5"]) == 0
+    drawn = read_benchmarks(run.path)["merged"]["humaneval"]
+    assert list(drawn.metrics) == list(drawn.per_row) == ["pass@1", "pass@2"] and drawn.rows == 1
+    assert why_not_comparable(drawn, score) == "other rows or prompts"
+    written = json.loads((run.path / "eval" / "humaneval_merged.json").read_text(encoding="utf-8"))
+    assert {len(samples) for samples in written["per_problem"].values()} == {3}
+    assert written["settings"]["limits"]["wall_s"] == 5 and written["settings"]["temperature"] == 0.7
+
+
+def test_options_of_pass_at_k() -> None:
+    """Each option reaches the settings; what is left out is as `Settings` has it."""
+    asked = ["eval", "runs/x", "--tasks", "humaneval"]
+    assert code_settings(parse_options(asked)) == Settings()
+    given = ["--samples", "20", "--pass-at", "10,1", "--temperature", "0.8", "--seed", "3"]
+    limits = ["--time-limit", "2.5", "--memory-limit", "256"]
+    found = code_settings(parse_options([*asked, *given, *limits]))
+    assert (found.samples, found.ks, found.temperature, found.seed) == (20, (1, 10), 0.8, 3)
+    assert found.limits == Limits(wall_s=2.5, cpu_s=3, memory_bytes=256 << 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", "0"], "0 is out of range; allowed: at least 1"),
+        (["--pass-at", "1,ten"], "'1,ten' are no whole numbers; give for example 1,10"),
+        (["--pass-at", "0"], "0 is out of range; allowed: at least 1"),
+        (["--pass-at", ","], "names none"),
+        (["--temperature", "-1"], "-1 is out of range"),
+        (["--temperature", "nan"], "nan is out of range"),
+        (["--time-limit", "0"], "0 is out of range; allowed: at least 0.1"),
+        (["--memory-limit", "8"], "8 is out of range; allowed: at least 64"),
+        (["--samples", "2"], "at temperature 0 all samples of a problem are the same (got 2). Draw one, or raise"),
+        (["--pass-at", "5"], "pass@5 needs 5 samples of each problem (got 1). Draw more"),
+    ],
+)
+def test_wrong_options_of_pass_at_k(
+    run: RunFolder, task_data: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any model is loaded."""
+    command = ["eval", str(run.path), "--tasks", "humaneval", "--task-data", str(task_data)]
+    try:
+        assert main([*command, *options]) == 2
+    except SystemExit as ended:  # argparse's own
+        assert ended.code == 2
+    printed = capsys.readouterr()
+    assert message in " ".join(printed.err.split()) and "scoring" not in printed.out
+
+
+def test_options_of_pass_at_k_need_humaneval(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    for tasks in ([], ["--tasks", "gsm8k"]):
+        assert main(["eval", str(run.path), *tasks, "--samples", "2", "--time-limit", "3"]) == 2
+        wanted = "only humaneval draws programs and runs them (got '--samples, --time-limit'). Add --tasks humaneval"
+        assert wanted in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_damaged_file_is_named(run: RunFolder) -> None:

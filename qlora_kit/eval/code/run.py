@@ -115,7 +115,7 @@ def score_completer(
     Raises:
         EvalError: as `run_humaneval`.
     """
-    _check(settings)
+    check_settings(settings)
     require_sandbox()
     started = time.perf_counter()
     stop = () if settings.chat else STOP
@@ -144,7 +144,12 @@ def _sample(answer: str, outcome: Outcome) -> Sample:
     return Sample(outcome.kind, outcome.reason, answer)
 
 
-def _check(settings: Settings) -> None:
+def check_settings(settings: Settings) -> None:
+    """Nothing where the settings fit together.
+
+    Raises:
+        EvalError: a number is too small, more samples are needed than drawn, or all would be the same.
+    """
     if not settings.ks:
         raise EvalError("ks of HumanEval", got=settings.ks, allowed="one number or more, for example 1, 10")
     for name in ("samples", "workers", "max_new_tokens"):

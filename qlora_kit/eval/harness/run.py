@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 
 from qlora_kit.errors import EvalError
-from qlora_kit.eval.code.run import CodeResult, Settings, run_humaneval
+from qlora_kit.eval.code.run import CodeResult, Settings, check_settings, run_humaneval
 from qlora_kit.eval.harness.install import lm_eval_version
 from qlora_kit.eval.harness.results import Benchmarks, Metric, TaskScore, merge_benchmarks
 from qlora_kit.eval.harness.show import plot_benchmarks, print_benchmarks
@@ -35,6 +36,7 @@ def run_benchmarks(
     task_data: Path | None = None,
     limit: int | None = None,
     few_shot: int | None = None,
+    code: Settings | None = None,
 ) -> Benchmarks:
     """Scores the forms of `run` on lm-eval's `tasks`, adds them to RUN/eval/benchmarks.json and draws benchmarks.png.
 
@@ -43,6 +45,7 @@ def run_benchmarks(
         task_data: folder with the benchmarks' files (`local_rows`); None reads lm-eval's data sets from the hub.
         limit: rows of each task, from the first on.
         few_shot: examples in the prompt, instead of each task's own number.
+        code: how HumanEval's programs are drawn and run; one greedy program a problem when left out.
 
     Returns: all scores of the run, those of earlier calls included.
 
@@ -58,7 +61,7 @@ def run_benchmarks(
         if name not in forms:
             raise EvalError("no such form", got=name, allowed=", ".join(forms), fix="Export first for bundles")
     adapter = run.manifest().get("adapter", {}).get("sha256")
-    scorers = _scorers(run, tasks, task_data, limit, few_shot, adapter, console)
+    scorers = _scorers(run, tasks, task_data, limit, few_shot, adapter, console, code or Settings())
     merged: Benchmarks = {}
     for name in only or forms:
         try:
@@ -85,6 +88,7 @@ def _scorers(
     few_shot: int | None,
     adapter: str | None,
     console: Console,
+    code: Settings,
 ) -> list[Score]:
     """What scores a form: lm-eval on its tasks, and HumanEval in its sandbox. Bad names and files fail here."""
     scorers: list[Score] = []
@@ -104,10 +108,11 @@ def _scorers(
         scorers.append(by_lm_eval)
     if _HUMANEVAL in tasks:
         file = _humaneval_file(task_data)
+        check_settings(code)
 
         def by_humaneval(name: str, form: Form) -> dict[str, TaskScore]:
             out = run.path / "eval" / f"humaneval_{name}.json"
-            result = run_humaneval(form, file, Settings(), out=out, max_problems=limit, tell=console.print)
+            result = run_humaneval(form, file, code, out=out, max_problems=limit, tell=console.print)
             return {_HUMANEVAL: _humaneval_score(result, file, None if name.startswith("base") else adapter)}
 
         scorers.append(by_humaneval)
@@ -125,13 +130,16 @@ def _humaneval_file(task_data: Path | None) -> Path:
 
 def _humaneval_score(result: CodeResult, file: Path, adapter: str | None) -> TaskScore:
     from qlora_kit.eval.code.humaneval import read_problems
+    from qlora_kit.eval.code.pass_at_k import pass_at_k
     from qlora_kit.model.source import sha256_file
 
     metrics = {
         f"pass@{k}": Metric(found.value, found.low, found.high, higher_is_better=True, share=True)
         for k, found in result.pass_at_k.items()
     }
-    passed = [sum(sample.outcome == "passed" for sample in drawn) / len(drawn) for drawn in result.samples.values()]
+    passed = [sum(sample.outcome == "passed" for sample in drawn) for drawn in result.samples.values()]
+    settings = result.settings
+    asked = "" if settings == Settings() else f" {asdict(settings)}"  # other settings are another question
     return TaskScore(
         metrics=metrics,
         rows=len(result.samples),
@@ -139,8 +147,8 @@ def _humaneval_score(result: CodeResult, file: Path, adapter: str | None) -> Tas
         few_shot=0,
         version="1",
         source="local files",
-        fingerprint=f"{sha256_file(file)} {len(result.samples)}",
+        fingerprint=f"{sha256_file(file)} {len(result.samples)}{asked}",
         adapter=adapter,
         tools={},
-        per_row={"pass@1": list(passed)},
+        per_row={f"pass@{k}": [pass_at_k(settings.samples, count, k) for count in passed] for k in settings.ks},
     )
