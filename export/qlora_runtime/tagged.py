@@ -8,7 +8,7 @@ import numpy as np
 from qlora_runtime.encoder import FloatArray
 from qlora_runtime.task import TaggingTask
 from qlora_runtime.texts import softmax
-from qlora_runtime.words import NO_TOKEN, EncodedWords, Word, bio_spans, split_words
+from qlora_runtime.words import NO_TOKEN, EncodedWords, Word, bio_spans, split_words, unread_tag
 
 Sentence = str | Sequence[str]
 """A raw text, or the words of a sentence."""
@@ -33,7 +33,7 @@ class Tagged:
         text: the sentence; of words, these joined by single spaces. Offsets count its characters.
         words: [words], with their characters.
         tags, scores: [words], each word's tag and its probability. A word of which the tokenizer makes
-            nothing has the first label, with probability 0.
+            nothing has O, or where that is no label the first, with probability 0.
         spans: what BIO tags join; empty for plain tags.
     """
 
@@ -63,7 +63,7 @@ def tagged(
     task: TaggingTask,
 ) -> Tagged:
     """Tags from the logits at each word's first token; logits: [seq, labels] of each row."""
-    tags, scores = [task.labels[0]] * len(words), [0.0] * len(words)
+    tags, scores = [unread_tag(task.labels)] * len(words), [0.0] * len(words)
     for row, found in zip(rows, logits, strict=True):
         for word, place in enumerate(row.places, start=row.first_word):
             if place == NO_TOKEN:

@@ -123,6 +123,11 @@ def first_tokens(word_ids: Sequence[int | None], words: int) -> Int64Array:
     return places
 
 
+def unread_tag(labels: Sequence[str]) -> str:
+    """The tag of a word of which the tokenizer makes nothing: O, or where that is no label the first."""
+    return "O" if "O" in labels else labels[0]
+
+
 def bio_spans(tags: Sequence[str]) -> list[TagSpan]:
     """The spans of O, B-TYPE and I-TYPE; an I-TYPE that continues nothing of its type begins a span."""
     spans: list[TagSpan] = []

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from qlora_kit.data.task_examples import LabelledText, QuestionOnText, SourceTarget, TaggedWords, TaskExample
+from qlora_kit.data.task_examples import (
+    LabelledImage,
+    LabelledText,
+    QuestionOnText,
+    SourceTarget,
+    TaggedWords,
+    TaskExample,
+    Utterance,
+)
 from qlora_kit.errors import DataError
 
 Message = dict[str, Any]
@@ -74,6 +83,19 @@ AnyExample = Example | TaskExample
 def content_hash(example: AnyExample) -> int:
     """64-bit hash of the whole row: equal for equal content, whichever schema it was written in."""
     return _digest(_canonical(example), b"")
+
+
+def row_hash(example: AnyExample) -> str:
+    """16 hexadecimal digits: as `content_hash`, of an image or a sound the bytes of its file and not its path, so that
+    the same files elsewhere are the same rows, and other files in their place are not.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if isinstance(example, LabelledImage | Utterance):
+        digest = hashlib.blake2b(Path(example.path).read_bytes(), digest_size=16).hexdigest()
+        return f"{content_hash(replace(example, path=digest)):016x}"
+    return f"{content_hash(example):016x}"
 
 
 def split_key(example: AnyExample, seed: int) -> int:

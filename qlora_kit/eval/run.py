@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from qlora_kit.data.dataset import prepare, prepare_eval
 from qlora_kit.data.eval_rows import EvalRow, completions_in, encode_choice, eval_rows, sample_of
-from qlora_kit.data.examples import content_hash
+from qlora_kit.data.examples import row_hash
 from qlora_kit.data.masking import Encoded
 from qlora_kit.data.report import DataReport
 from qlora_kit.errors import EvalError
@@ -198,7 +198,7 @@ def _pairs(results: dict[str, FormResult]) -> list[PairResult]:
 
 
 def _hashes(questions: Questions) -> list[str]:
-    return [f"{content_hash(row.example):016x}" for row in questions if isinstance(row, EvalRow)]
+    return [row_hash(row.example) for row in questions if isinstance(row, EvalRow)]
 
 
 def _with_new_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

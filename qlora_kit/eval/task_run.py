@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qlora_kit.data.examples import content_hash
+from qlora_kit.data.examples import row_hash
 from qlora_kit.data.report import DataReport
 from qlora_kit.errors import EvalError
 from qlora_kit.eval.forms import FormResult, PerRow
@@ -40,6 +40,8 @@ def evaluate_task_run(
     report = DataReport([])
     rows = held_out_task_rows(recipe, task, tokenizer, max_rows or recipe.eval.max_rows, report)
     _say_left_out(report, console)
+    if getattr(task.settings, "class_weights", "none") != "none":
+        console.print("the loss here is without task.class_weights: each row counts the same", highlight=False)
     references = [reader.expected(row.example) for row in rows]
     results: dict[str, FormResult] = {}
     scored: dict[str, TaskScores] = {}
@@ -60,7 +62,8 @@ def evaluate_task_run(
             "confidence": 0.95,
             "left_out": report.left_out(),
             "references": references,
-            "row_hashes": [f"{content_hash(row.example):016x}" for row in rows],
+            "row_hashes": [row_hash(row.example) for row in rows],
+            "class_weights": "none",  # whatever training weighed rows with
         },
     )
     write_results(run.path, found)

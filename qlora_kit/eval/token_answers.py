@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from qlora_runtime.spans import choose_answer
-from qlora_runtime.words import NO_TOKEN, bio_spans
+from qlora_runtime.words import NO_TOKEN, bio_spans, unread_tag
 from transformers import PreTrainedTokenizerBase
 
 from qlora_kit.data.masking import Encoded
@@ -27,7 +27,6 @@ class TagReader(AnswerReader):
     def __init__(self, task: Task[Any], tokenizer: PreTrainedTokenizerBase, section: DataSection) -> None:
         super().__init__(task)
         self.words = word_encoder(tokenizer, section.max_seq_len)
-        self.unread = "O" if "O" in self.labels else self.labels[0]
         self.bio = task.settings.scheme == "bio"
         self.columns = ["predicted_words", "predicted_tags", *(["predicted_spans"] if self.bio else [])]
 
@@ -42,7 +41,7 @@ class TagReader(AnswerReader):
         return super().piece(output, at, row)[: len(row.input_ids)]
 
     def answer(self, example: Any, windows: Sequence[Encoded], pieces: Sequence[Piece]) -> TaskAnswer:
-        tags = [self.unread] * len(example.words)
+        tags = [unread_tag(self.labels)] * len(example.words)
         for encoded, logits in zip(self.words.encode(example.words), pieces, strict=True):
             best = logits.argmax(-1)  # [tokens]
             for word, place in enumerate(encoded.places, encoded.first_word):

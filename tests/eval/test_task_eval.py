@@ -172,3 +172,18 @@ def test_what_is_not_there(label_run: RunFolder, tmp_path: Path) -> None:
     untrained.recipe_file.write_bytes(label_run.recipe_file.read_bytes())
     with pytest.raises(RunError, match="it was never trained"):
         evaluate_run(untrained, QUIET)
+
+
+def test_the_loss_is_without_class_weights(tmp_path: Path, tiny_bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training's held-out loss weighs rows; eval's is the plain cross-entropy, and says so."""
+    rows = label_rows(30)
+    task = {"type": "classification", "class_weights": {"buy": 10.0, "sell": 1.0, "wait": 1.0}}
+    run = train_task(tmp_path, tiny_bert, task, rows[:18], rows[18:])
+    results = evaluate_run(run, Console(width=200), ["tuned"])
+    assert "the loss here is without task.class_weights" in capsys.readouterr().out
+    asked = write_jsonl(tmp_path / "asked.jsonl", rows[18:])
+    predict(run, str(asked), tmp_path / "out.jsonl", Console(quiet=True))
+    told = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    plain = [-np.log(row[f"probability_{row['label']}"]) for row in told]
+    assert results.forms["tuned"].per_row.loss == pytest.approx(plain, rel=1e-3)
+    assert run.manifest()["results"]["final_eval_loss"] > 1.5 * np.mean(plain)

@@ -11,6 +11,8 @@ from rich.console import Console
 from tiny_encoders import write_jsonl
 from tiny_media import media_recipe, save_tiny_image_model, save_tiny_whisper, trained, write_images, write_tones
 
+from qlora_kit.data.examples import content_hash, row_hash
+from qlora_kit.data.task_examples import LabelledImage, LabelledText, Utterance
 from qlora_kit.eval.metrics import compute_metric
 from qlora_kit.eval.predict import predict
 from qlora_kit.eval.run import evaluate_run
@@ -35,6 +37,20 @@ def test_images(tmp_path: Path) -> None:
     predict(run, str(asked), tmp_path / "out.jsonl", QUIET)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["predicted_label"] for row in rows] == tuned.per_row.answer
+
+
+def test_rows_of_images_and_sounds_are_their_files_bytes(tmp_path: Path) -> None:
+    first, second = (tmp_path / name for name in ("a.png", "b.png"))
+    first.write_bytes(b"one")
+    second.write_bytes(b"one")
+    same = row_hash(LabelledImage(str(first), "cat")), row_hash(LabelledImage(str(second), "cat"))
+    assert same[0] == same[1] != row_hash(LabelledImage(str(first), "dog"))
+    assert row_hash(Utterance(str(first), "hello")) == row_hash(Utterance(str(second), "hello"))
+    second.write_bytes(b"two")
+    assert row_hash(LabelledImage(str(second), "cat")) != same[0]
+    assert row_hash(Utterance(str(second), "hello")) != row_hash(Utterance(str(first), "hello"))
+    text = LabelledText("a film", None, "good")
+    assert row_hash(text) == f"{content_hash(text):016x}"
 
 
 def test_sounds(tmp_path: Path) -> None:

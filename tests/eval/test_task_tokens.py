@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from qlora_runtime.task_bundle import TaskBundle
+from qlora_runtime.words import unread_tag
 from rich.console import Console
 from sacrebleu.metrics import BLEU
 from seqeval.metrics import classification_report
@@ -198,6 +199,23 @@ def test_bundles_answer_as_the_tuned_model(tmp_path: Path, tiny_bert: Path, task
     sides = [predicted(run, rows[24:], form) for form in ("tuned", "bundle_fp32")]
     for name in ("predicted_tags", "predicted_answer"):
         assert [row.get(name) for row in sides[0]] == [row.get(name) for row in sides[1]]
+
+
+def test_a_word_without_tokens_has_one_tag_by_all_ways(tmp_path: Path, tiny_bert: Path) -> None:
+    """O, though it is not the first label; eval, predict and the bundle agree."""
+    rows = task_rows("tagging", 30)
+    types = sorted({tag[2:] for row in rows for tag in row["tags"]} - {""})
+    labels = [*(f"{mark}-{kind}" for kind in types for mark in "BI"), "O"]
+    broken = {"words": [*rows[24]["words"], "\x01"], "tags": [*rows[24]["tags"], "O"]}
+    held_out = [broken, *rows[25:]]
+    run = train_task(tmp_path, tiny_bert, {"type": "tagging", "labels": labels}, rows[:24], held_out)
+    export_run(run, QUIET)
+    results = evaluate_run(run, QUIET, ["tuned", "bundle_fp32"])
+    assert answers_of(results)[0][-1] == "O" and answers_of(results) == answers_of(results, "bundle_fp32")
+    assert predicted(run, [broken])[0]["predicted_tags"][-1] == "O"
+    [tagged] = TaskBundle.open(run.bundles / "fp32").tag([broken["words"]])
+    assert (tagged.tags[-1], tagged.scores[-1]) == ("O", 0.0) and list(tagged.tags) == answers_of(results)[0]
+    assert unread_tag(["NOUN", "VERB"]) == "NOUN"
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
