@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qlora_runtime.reference import Reference, ReferencePrompt, Tolerance, read_reference, write_reference
     from qlora_runtime.sampling import Sampling
     from qlora_runtime.schema import FileRecord, Manifest, ModelInfo, Provenance, Verification, read_manifest
+    from qlora_runtime.seq2seq import Seq2SeqBundle
     from qlora_runtime.task_bundle import TaskBundle
     from qlora_runtime.verify import Report, compare, verify_directory
 
@@ -35,6 +36,7 @@ _HOME = {
     "ReferencePrompt": "reference",
     "Report": "verify",
     "Sampling": "sampling",
+    "Seq2SeqBundle": "seq2seq",
     "TextStream": "generate",
     "TaskBundle": "task_bundle",
     "Tolerance": "reference",
@@ -62,6 +64,7 @@ __all__ = [
     "ReferencePrompt",
     "Report",
     "Sampling",
+    "Seq2SeqBundle",
     "TaskBundle",
     "TextStream",
     "Tolerance",

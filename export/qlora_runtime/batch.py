@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qlora_runtime.atomic import atomic_file
-from qlora_runtime.bundle import Bundle
 from qlora_runtime.chat import Message
 from qlora_runtime.errors import ArgumentError, BundleError
 from qlora_runtime.generate import generate
+from qlora_runtime.generating import GeneratingBundle
 from qlora_runtime.manifest import sha256_file
 from qlora_runtime.sampling import Sampling
 from qlora_runtime.schema import MANIFEST
@@ -25,7 +25,7 @@ Prompt = str | Sequence[Message]
 _ANSWER = ("text", "token_ids", "finish_reason", "prompt_tokens")
 
 
-def answer_file(bundle: Bundle, prompts: Path, answers: Path, sampling: Sampling) -> int:
+def answer_file(bundle: GeneratingBundle, prompts: Path, answers: Path, sampling: Sampling) -> int:
     """Answer each row of `prompts`; `answers` appears whole when all are done.
 
     Until then they are in ANSWERS.partial, each on the disk as soon as it is known. Where such a file is left
@@ -53,7 +53,7 @@ def answer_file(bundle: Bundle, prompts: Path, answers: Path, sampling: Sampling
     return done
 
 
-def _check(bundle: Bundle, place: str, row: Row) -> None:
+def _check(bundle: GeneratingBundle, place: str, row: Row) -> None:
     """Raises ArgumentError for a row that cannot be asked about."""
     prompt = _prompt(place, row)
     if taken := [column for column in _ANSWER if column in row]:
@@ -74,7 +74,7 @@ def _prompt(place: str, row: Row) -> Prompt:
     )
 
 
-def _answer(bundle: Bundle, place: str, row: Row, sampling: Sampling) -> Row:
+def _answer(bundle: GeneratingBundle, place: str, row: Row, sampling: Sampling) -> Row:
     try:
         found = generate(bundle, _prompt(place, row), sampling)
     except BundleError as error:
@@ -82,7 +82,7 @@ def _answer(bundle: Bundle, place: str, row: Row, sampling: Sampling) -> Row:
     return {name: getattr(found, name) for name in _ANSWER}
 
 
-def _settings(bundle: Bundle, sampling: Sampling) -> JsonObject:
+def _settings(bundle: GeneratingBundle, sampling: Sampling) -> JsonObject:
     """What answers depend on besides their prompts."""
     return {
         "bundle": sha256_file(bundle.directory / MANIFEST),

@@ -22,7 +22,7 @@ from qlora_runtime.padding import checked_ids, checked_mask
 from qlora_runtime.sampling import Sampler, Sampling
 from qlora_runtime.schema import Manifest, ModelInfo
 from qlora_runtime.strict_json import JsonObject, load_object
-from qlora_runtime.task import VERBS
+from qlora_runtime.task import VERBS, Seq2SeqTask
 from qlora_runtime.tokenizer import TextTokenizer
 
 
@@ -61,9 +61,12 @@ class Bundle:
         directory = Path(path)
         manifest = check_files(directory, hashes=check_hashes)
         if manifest.task is not None:
+            own = isinstance(manifest.task, Seq2SeqTask)
+            why = "has an encoder too" if own else "does not generate"
             raise WrongTaskError(
-                f"{directory} is a bundle for {manifest.task.type}, which does not generate. Open it with "
-                f"TaskBundle.open, or use qlora-runtime {VERBS[manifest.task.type]}."
+                f"{directory} is a bundle for {manifest.task.type}, which {why}. Open it with "
+                f"{'Seq2SeqBundle' if own else 'TaskBundle'}.open, or use qlora-runtime "
+                f"{VERBS[manifest.task.type]}."
             )
         genai_config = load_object(directory / "genai_config.json")
         _check_same_model(genai_config, manifest.model)

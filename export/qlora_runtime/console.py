@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qlora_runtime.bundle import Bundle
 from qlora_runtime.chat import Message
 from qlora_runtime.generate import TextStream, stream_text
+from qlora_runtime.generating import GeneratingBundle, open_generating
 from qlora_runtime.sampling import Sampling
 from qlora_runtime.schema import Manifest, Verification
 from qlora_runtime.task import task_to_json
@@ -30,9 +30,9 @@ def sampling_from(options: argparse.Namespace) -> Sampling:
     )
 
 
-def open_for_use(options: argparse.Namespace) -> Bundle:
+def open_for_use(options: argparse.Namespace) -> GeneratingBundle:
     """The bundle, with a warning on stderr where it is not known to answer as the trained model."""
-    bundle = Bundle.open(options.bundle, check_hashes=not options.no_hashes, threads=options.threads)
+    bundle = open_generating(options.bundle, not options.no_hashes, options.threads)
     warn_unverified(bundle.manifest)
     return bundle
 
@@ -49,7 +49,7 @@ def as_messages(system: str | None, user: str) -> list[Message]:
     return [*first, {"role": "user", "content": user}]
 
 
-def say(bundle: Bundle, prompt: str | Sequence[Message], sampling: Sampling) -> str:
+def say(bundle: GeneratingBundle, prompt: str | Sequence[Message], sampling: Sampling) -> str:
     """Print the answer as it comes, and return it."""
     answer = stream_text(bundle, prompt, sampling)
     text = "".join(_printed(answer))
@@ -57,7 +57,7 @@ def say(bundle: Bundle, prompt: str | Sequence[Message], sampling: Sampling) -> 
     return text
 
 
-def converse(bundle: Bundle, system: str | None, sampling: Sampling) -> None:
+def converse(bundle: GeneratingBundle, system: str | None, sampling: Sampling) -> None:
     """Read a line, answer it, and so on until an empty line or the end of stdin."""
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     while line := _ask():

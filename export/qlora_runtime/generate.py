@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from threading import Event
 from typing import Literal
 
-from qlora_runtime.bundle import Bundle
 from qlora_runtime.chat import Message
+from qlora_runtime.generating import GeneratingBundle
 from qlora_runtime.sampling import Sampling
 
 # eos: the model ended its answer. stop: a stop string came. length: max_new_tokens came.
@@ -24,7 +24,9 @@ class Completion:
     prompt_tokens: int
 
 
-def generate(bundle: Bundle, prompt: str | Sequence[Message], sampling: Sampling | None = None) -> Completion:
+def generate(
+    bundle: GeneratingBundle, prompt: str | Sequence[Message], sampling: Sampling | None = None
+) -> Completion:
     """The answer to a plain text, or to a chat ({"role": ..., "content": ...} messages).
 
     Raises:
@@ -38,7 +40,7 @@ def generate(bundle: Bundle, prompt: str | Sequence[Message], sampling: Sampling
 
 
 def stream_text(
-    bundle: Bundle,
+    bundle: GeneratingBundle,
     prompt: str | Sequence[Message],
     sampling: Sampling | None = None,
     cancelled: Event | None = None,
@@ -58,7 +60,7 @@ class TextStream(Iterator[str]):
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: GeneratingBundle,
         prompt_ids: Sequence[int],
         sampling: Sampling,
         cancelled: Event | None = None,

@@ -25,9 +25,10 @@ from qlora_runtime.schema import (
     read_manifest,
 )
 from qlora_runtime.strict_json import dump
-from qlora_runtime.task import TaskInfo
+from qlora_runtime.task import Seq2SeqTask, TaskInfo
 
 GRAPH = "onnx/model.onnx"
+ENCODER_GRAPH, DECODER_GRAPH = "onnx/encoder_model.onnx", "onnx/decoder_model.onnx"  # of an encoder-decoder
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 REQUIRED = (
@@ -42,6 +43,7 @@ REQUIRED = (
 REQUIRED_FOR_TASKS = tuple(
     name for name in REQUIRED if name not in ("genai_config.json", "generation_config.json")
 )
+REQUIRED_FOR_SEQ2SEQ = (ENCODER_GRAPH, DECODER_GRAPH, *(name for name in REQUIRED_FOR_TASKS if name != GRAPH))
 
 
 def sha256_file(path: Path | str) -> str:
@@ -134,11 +136,17 @@ def _is_ignored(path: Path) -> bool:
 
 
 def _missing_from_manifest(manifest: Manifest) -> Iterator[BundleError]:
-    for path in REQUIRED if manifest.task is None else REQUIRED_FOR_TASKS:
+    for path in _required(manifest):
         if path not in manifest.files:
             yield MissingFileError(
                 f"{path} is not among the bundle's files; every bundle has it. Export it again."
             )
+
+
+def _required(manifest: Manifest) -> tuple[str, ...]:
+    if manifest.task is None:
+        return REQUIRED
+    return REQUIRED_FOR_SEQ2SEQ if isinstance(manifest.task, Seq2SeqTask) else REQUIRED_FOR_TASKS
 
 
 def _foreign(manifest: Manifest) -> Iterator[BundleError]:

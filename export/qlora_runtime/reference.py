@@ -24,13 +24,22 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class ReferencePrompt:
-    """One prompt, and the trained model's logits and greedy answer."""
+    """One prompt, and the trained model's logits and greedy answer.
+
+    Of an encoder-decoder the prompt is the source, and the logits are those after each of `decoder_ids`.
+    """
 
     input_ids: list[int]  # [seq]
     top_k_ids: list[list[int]]  # [seq, k], the most probable first
     top_k_logits: list[list[float]]  # [seq, k]
     greedy_ids: list[int]  # [answer]
     margins: list[float]  # [answer]: top-1 logit minus top-2 logit before each token of the answer
+    decoder_ids: list[int] | None = None  # [target], the start token first; None: a decoder alone
+
+    @property
+    def scored_ids(self) -> list[int]:
+        """The tokens that logits are kept of."""
+        return self.input_ids if self.decoder_ids is None else self.decoder_ids
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ def write_reference(bundle_dir: Path | str, reference: Reference) -> None:
                 "margins": prompt.margins,
                 "top_k": {"ids": prompt.top_k_ids, "logits": prompt.top_k_logits},
             }
+            | ({} if prompt.decoder_ids is None else {"decoder_ids": prompt.decoder_ids})
             for prompt in reference.prompts
         ],
         "tolerance": {
@@ -104,7 +114,7 @@ def _tolerance_fields(value: JsonObject) -> Fields:
 
 
 def _parse_prompt(value: Any, where: str) -> ReferencePrompt:
-    fields = Fields(value, where, {"input_ids", "greedy_ids", "margins", "top_k"})
+    fields = Fields(value, where, {"input_ids", "greedy_ids", "margins", "top_k", "decoder_ids"})
     top_k = Fields(fields.object("top_k"), f"{where}: top_k", {"ids", "logits"})
     ids, numbers = is_list_of(is_count), is_list_of(is_number)
     prompt = ReferencePrompt(
@@ -113,13 +123,16 @@ def _parse_prompt(value: Any, where: str) -> ReferencePrompt:
         margins=fields.take("margins", "a list of numbers", numbers),
         top_k_ids=top_k.take("ids", "a list of token ids for each position", is_list_of(ids)),
         top_k_logits=top_k.take("logits", "a list of logits for each position", is_list_of(numbers)),
+        decoder_ids=fields.take("decoder_ids", "a list of token ids", ids)
+        if "decoder_ids" in value
+        else None,
     )
     k = len(prompt.top_k_ids[0]) if prompt.top_k_ids else 0
     rows = [*map(len, prompt.top_k_ids), *map(len, prompt.top_k_logits)]
-    if k == 0 or rows != [k] * (2 * len(prompt.input_ids)) or len(prompt.margins) != len(prompt.greedy_ids):
+    if k == 0 or rows != [k] * (2 * len(prompt.scored_ids)) or len(prompt.margins) != len(prompt.greedy_ids):
         raise FormatError(
             f"{where}: lengths disagree. Expected: top_k.ids and top_k.logits of "
-            f"[{len(prompt.input_ids)}, k] for the input_ids, and one margin for each of the "
+            f"[{len(prompt.scored_ids)}, k] for the tokens read, and one margin for each of the "
             f"{len(prompt.greedy_ids)} greedy_ids. Export again."
         )
     return prompt

@@ -1,4 +1,4 @@
-"""The tasks of bundles that do not generate, as the manifest's `task` says them."""
+"""The tasks of bundles, all but causal language modelling, as the manifest's `task` says them."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -49,10 +49,29 @@ class QuestionAnsweringTask:
     max_seq_len: int  # tokens of a window, question included
 
 
-VERBS = {"classification": "classify", "regression": "rate", "tagging": "tag", "question_answering": "answer"}
+@dataclass(frozen=True)
+class Seq2SeqTask:
+    """A text for a text, by an encoder and a decoder."""
+
+    type: ClassVar[str] = "seq2seq"
+    source_prefix: str  # written before each source, as in training
+    max_seq_len: int  # tokens of a source; longer ones are refused
+    decoder_start_token_id: int  # what the decoder reads first
+    forced_bos_token_id: (
+        int | None
+    )  # what every answer begins with (the language, of a model that knows several)
+
+
+VERBS = {
+    "classification": "classify",
+    "regression": "rate",
+    "tagging": "tag",
+    "question_answering": "answer",
+    "seq2seq": "generate",
+}
 """What a bundle of each task is asked to do: methods of `TaskBundle`, and verbs of the command line."""
 
-TaskInfo = ClassificationTask | RegressionTask | TaggingTask | QuestionAnsweringTask
+TaskInfo = ClassificationTask | RegressionTask | TaggingTask | QuestionAnsweringTask | Seq2SeqTask
 
 
 def task_to_json(task: TaskInfo) -> JsonObject:
@@ -101,11 +120,21 @@ def _question_answering(fields: Fields) -> QuestionAnsweringTask:
     )
 
 
+def _seq2seq(fields: Fields) -> Seq2SeqTask:
+    return Seq2SeqTask(
+        str(fields.take("source_prefix", "text", lambda value: isinstance(value, str))),
+        _positive(fields, "max_seq_len"),
+        fields.count("decoder_start_token_id"),
+        fields.take("forced_bos_token_id", "a token id or null", lambda v: v is None or is_count(v)),
+    )
+
+
 _READERS: dict[Any, tuple[set[str], Callable[[Fields], TaskInfo]]] = {  # type: (its fields, who reads them)
     "classification": ({"labels", "multi_label"}, _classification),
     "regression": (set(), _regression),
     "tagging": ({"labels", "scheme"}, _tagging),
     "question_answering": ({"stride", "max_answer_tokens", "unanswerable"}, _question_answering),
+    "seq2seq": ({"source_prefix", "decoder_start_token_id", "forced_bos_token_id"}, _seq2seq),
 }
 
 

@@ -16,6 +16,7 @@ from qlora_runtime.task import (
     ClassificationTask,
     QuestionAnsweringTask,
     RegressionTask,
+    Seq2SeqTask,
     TaggingTask,
     TaskInfo,
 )
@@ -64,10 +65,11 @@ class TaskBundle:
         if threads is not None and threads < 1:
             raise ArgumentError(f"threads is {threads}, allowed are None and integers of at least 1.")
         manifest = check_files(path, hashes=check_hashes)
-        if manifest.task is None:
+        if manifest.task is None or isinstance(manifest.task, Seq2SeqTask):
+            kind, opener = ("causal_lm", "Bundle") if manifest.task is None else ("seq2seq", "Seq2SeqBundle")
             raise WrongTaskError(
-                f"{path} is a bundle for causal_lm, which generates. Open it with Bundle.open, or use "
-                "qlora-runtime generate and chat."
+                f"{path} is a bundle for {kind}, which generates. Open it with {opener}.open, or use "
+                "qlora-runtime generate."
             )
         return cls(Path(path), manifest, manifest.task, threads)
 

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_runtime.bundle import Bundle
+from qlora_runtime.decoder import FloatArray
 from qlora_runtime.errors import BundleError, ForeignFileError
+from qlora_runtime.generating import GeneratingBundle, open_generating
 from qlora_runtime.manifest import find_problems
 from qlora_runtime.reference import Reference, ReferencePrompt, Tolerance, read_reference
 from qlora_runtime.schema import read_manifest
+from qlora_runtime.seq2seq import Seq2SeqBundle
+from qlora_runtime.task import Seq2SeqTask
 from qlora_runtime.task_bundle import TaskBundle
 from qlora_runtime.task_reference import read_task_reference
 from qlora_runtime.task_verify import TaskReport, compare_task
@@ -60,13 +63,13 @@ def verify_directory(path: Path | str, threads: int | None = None) -> Report | T
     manifest = read_manifest(directory)
     if problems := list(find_problems(directory, manifest)):
         return Report(reasons=[str(problem) for problem in problems])
-    if manifest.task is not None:
+    if manifest.task is not None and not isinstance(manifest.task, Seq2SeqTask):
         task_bundle = TaskBundle.open(directory, check_hashes=False, threads=threads)
         return compare_task(task_bundle, read_task_reference(directory))
-    return verify(Bundle.open(directory, check_hashes=False, threads=threads), check_hashes=False)
+    return verify(open_generating(directory, check_hashes=False, threads=threads), check_hashes=False)
 
 
-def verify(bundle: Bundle, check_hashes: bool = True) -> Report:
+def verify(bundle: GeneratingBundle, check_hashes: bool = True) -> Report:
     """Check the files' hashes again, then run every prompt of reference.json and hold it to its tolerance.
 
     Where files disagree with the manifest, the model is not run.
@@ -80,13 +83,13 @@ def verify(bundle: Bundle, check_hashes: bool = True) -> Report:
     return compare(bundle, read_reference(bundle.directory))
 
 
-def compare(bundle: Bundle, reference: Reference) -> Report:
+def compare(bundle: GeneratingBundle, reference: Reference) -> Report:
     """The bundle against a reference, which need not be the one it ships with."""
     for index, prompt in enumerate(reference.prompts):
         _check_fits(bundle, index, prompt)
     report = Report(prompts=len(reference.prompts))
     distances = [_compare_logits(bundle, prompt) for prompt in reference.prompts]
-    report.positions = sum(len(prompt.input_ids) for prompt in reference.prompts)
+    report.positions = sum(len(prompt.scored_ids) for prompt in reference.prompts)
     # np.max, unlike max, lets a NaN through; and a NaN is within no tolerance.
     report.max_logit_difference = float(np.max([distance.max_logit for distance in distances]))
     report.top1_agreement = sum(distance.same_top1 for distance in distances) / report.positions
@@ -96,13 +99,24 @@ def compare(bundle: Bundle, reference: Reference) -> Report:
     return report
 
 
-def _compare_logits(bundle: Bundle, prompt: ReferencePrompt) -> _Distance:
-    logits = bundle.logits([prompt.input_ids])[0]  # [seq, vocab]
+def _compare_logits(bundle: GeneratingBundle, prompt: ReferencePrompt) -> _Distance:
+    logits = scored_logits(bundle, prompt.input_ids, prompt.decoder_ids)  # [seq, vocab]
     ids = np.array(prompt.top_k_ids, dtype=np.int64)  # [seq, k]
     expected = np.array(prompt.top_k_logits, dtype=np.float64)  # [seq, k]
     difference = np.abs(np.take_along_axis(logits, ids, axis=1) - expected)
     expected_top1 = ids[np.arange(len(ids)), expected.argmax(axis=1)]  # [seq]
     return _Distance(float(difference.max()), int((logits.argmax(axis=1) == expected_top1).sum()))
+
+
+def scored_logits(
+    bundle: GeneratingBundle, input_ids: list[int], decoder_ids: list[int] | None
+) -> FloatArray:
+    """Logits float32 [seq, vocab] after each token of `decoder_ids`; of a decoder alone, of `input_ids`."""
+    if isinstance(bundle, Seq2SeqBundle):
+        logits: FloatArray = bundle.target_logits([input_ids], [decoder_ids or []])[0]
+    else:
+        logits = bundle.logits([input_ids])[0]
+    return logits
 
 
 def _logit_reasons(report: Report, tolerance: Tolerance) -> list[str]:
@@ -118,7 +132,7 @@ def _logit_reasons(report: Report, tolerance: Tolerance) -> list[str]:
 
 
 def _compare_greedy(
-    bundle: Bundle, index: int, prompt: ReferencePrompt, tolerance: Tolerance, report: Report
+    bundle: GeneratingBundle, index: int, prompt: ReferencePrompt, tolerance: Tolerance, report: Report
 ) -> None:
     """Reads prompt and trained model's answer: each token that was won clearly must be the bundle's best too.
 
@@ -152,11 +166,15 @@ def _decided_steps(prompt: ReferencePrompt, tolerance: Tolerance) -> list[int]:
     return [step for place, step in enumerate(decided) if step == place]
 
 
-def _check_fits(bundle: Bundle, index: int, prompt: ReferencePrompt) -> None:
-    model = bundle.manifest.model
-    highest = max(*prompt.input_ids, *prompt.greedy_ids, *(max(row) for row in prompt.top_k_ids))
+def _check_fits(bundle: GeneratingBundle, index: int, prompt: ReferencePrompt) -> None:
+    model, decoder = bundle.manifest.model, prompt.decoder_ids
+    every = [prompt.input_ids, prompt.greedy_ids, decoder or [], *prompt.top_k_ids]
+    highest = max(max(ids, default=0) for ids in every)
     length = len(prompt.input_ids) + len(prompt.greedy_ids)
-    if highest >= model.vocab_size or length > model.context_length:
+    if isinstance(bundle, Seq2SeqBundle):
+        length = max(len(prompt.input_ids), len(prompt.greedy_ids) + 1, len(decoder or []))
+    other = isinstance(bundle, Seq2SeqBundle) != (decoder is not None)
+    if highest >= model.vocab_size or length > model.context_length or other:
         raise ForeignFileError(
             f"reference.json: prompt {index} has token ids up to {highest} and {length} tokens with "
             f"its answer; the model has {model.vocab_size} ids and a context of "

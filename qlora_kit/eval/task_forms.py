@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_kit.eval.bundle_model import BundleModel
 from qlora_kit.eval.generating_form import GeneratingForm, TextReader
+from qlora_kit.eval.seq2seq_bundle_model import Seq2SeqBundleModel
 from qlora_kit.eval.task_form import TaskForm
 from qlora_kit.eval.task_readers import fitted, reader_of
 from qlora_kit.export.bundle import REJECTED
@@ -31,14 +33,16 @@ def find_task_forms(run: RunFolder, batch_size: int | None = None) -> dict[str, 
     tokenizer = load_run_tokenizer(run)
     size = batch_size or recipe.eval.batch_size
 
+    def formed(model: nn.Module) -> TaskForm:
+        reader = reader_of(task, tokenizer, fitted(recipe.data, model))
+        if isinstance(reader, TextReader):
+            return GeneratingForm(model, task, tokenizer, reader, size, recipe.eval.max_new_tokens)
+        return TaskForm(model, task, tokenizer, reader, size)
+
     def form(load: Callable[[], PreTrainedModel]) -> Callable[[], TaskForm]:
         def opened() -> TaskForm:
             model = load()
-            model = to_reference(model) if recipe.eval.dtype == "fp32" else model
-            reader = reader_of(task, tokenizer, fitted(recipe.data, model))
-            if isinstance(reader, TextReader):
-                return GeneratingForm(model, task, tokenizer, reader, size, recipe.eval.max_new_tokens)
-            return TaskForm(model, task, tokenizer, reader, size)
+            return formed(to_reference(model) if recipe.eval.dtype == "fp32" else model)
 
         return opened
 
@@ -52,8 +56,9 @@ def find_task_forms(run: RunFolder, batch_size: int | None = None) -> dict[str, 
 
     def bundle(folder: Path) -> Callable[[], TaskForm]:
         def opened() -> TaskForm:
-            model = BundleModel(folder, task.settings.type, task.labels)
-            return TaskForm(model, task, tokenizer, reader_of(task, tokenizer, fitted(recipe.data, model)), size)
+            if task.settings.type == "seq2seq":
+                return formed(Seq2SeqBundleModel(folder))
+            return formed(BundleModel(folder, task.settings.type, task.labels))
 
         return opened
 

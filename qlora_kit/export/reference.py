@@ -30,6 +30,8 @@ class ReferenceRow:
         loss_positions: positions whose next token carries loss.
         logits: float32 [seq, vocab].
         greedy_ids, margins: the greedy answer to the prompt, and how far its token led at each step.
+        source_ids: what an encoder reads; `input_ids` are then the decoder's start token and the target, all of them
+            but the last with logits. None: a decoder alone.
     """
 
     input_ids: list[int]
@@ -39,18 +41,25 @@ class ReferenceRow:
     greedy_ids: list[int]
     margins: list[float]
     origin: Origin = "held_out"
+    source_ids: list[int] | None = None
+
+    def read(self) -> tuple[list[int], list[int] | None]:
+        """The tokens that the logits are of: of a decoder alone, or of an encoder and its decoder."""
+        return (self.input_ids, None) if self.source_ids is None else (self.source_ids, self.input_ids[:-1])
 
     def shipped(self) -> ReferencePrompt:
         """The prompt's part of it, as reference.json holds it."""
         logits = self.logits[: self.prompt_tokens]
         top = np.argsort(-logits, axis=1, kind="stable")[:, :TOP_K]  # [prompt, k]
         values = np.take_along_axis(logits, top, axis=1)
+        prompt = self.input_ids[: self.prompt_tokens]
         return ReferencePrompt(
-            input_ids=self.input_ids[: self.prompt_tokens],
+            input_ids=prompt if self.source_ids is None else self.source_ids,
             top_k_ids=top.tolist(),
             top_k_logits=[[round(float(value), 5) for value in row] for row in values],
             greedy_ids=self.greedy_ids,
             margins=[round(margin, 5) for margin in self.margins],
+            decoder_ids=None if self.source_ids is None else prompt,
         )
 
 

@@ -21,6 +21,7 @@ from qlora_kit.export.codes import QUANT_TYPES, coded_layers
 from qlora_kit.export.merge import LayerDelta, save_merged
 from qlora_kit.export.onto import merge_onto
 from qlora_kit.export.rows import calibration_rows, proof_rows, reference_rows
+from qlora_kit.export.seq2seq_bundle import make_seq2seq_bundle, seq2seq_model
 from qlora_kit.export.smoothing import smooth
 from qlora_kit.export.task_bundle import TaskModel, make_task_bundle
 from qlora_kit.export.task_proof import TaskDistances, bundled_task, context_length, task_rows
@@ -95,7 +96,7 @@ def _require_fitting(name: str, recipe: Recipe, onto: Onto) -> None:
         )
     if name not in ("fp32", "int8") and recipe.task.type != "causal_lm":
         raise ExportError(
-            f"{name} is for models that generate", got=recipe.task.type, allowed="fp32, int8", fix="Export int8"
+            f"{name} is for decoders that generate", got=recipe.task.type, allowed="fp32, int8", fix="Export int8"
         )
 
 
@@ -133,7 +134,8 @@ def _merge(
     """
     task, model = run_task(run), to_reference(load_tuned(run))
     generates = task.settings.type == "causal_lm"
-    info = None if generates else bundled_task(task, recipe.data, model)
+    translates = task.settings.type == "seq2seq"
+    info = None if generates or translates else bundled_task(task, recipe.data, model)
     if generates:
         _set_end_tokens(model, tokenizer)
     data = prepare(recipe.data, tokenizer, recipe.run.seed, task)
@@ -142,7 +144,8 @@ def _merge(
         deltas = merge_onto(run, model, onto)
         sources["adapter"] |= {"merged_onto": onto}
         console.print(f"WARNING: merged onto the {onto} base, this is not quite the model that was trained")
-    rows = reference_rows(model, chosen) if info is None else []
+    rows = reference_rows(model, chosen) if generates else []
+    text_model = seq2seq_model(model, task, chosen, recipe.data, tokenizer) if translates else None
     task_model = None
     if info is not None:
         answers = task_rows(model, task, info, chosen, recipe.data, tokenizer)
@@ -155,6 +158,8 @@ def _merge(
 
     def make(name: str) -> Found:
         target, tools = run.bundles / name, tool_versions(EXPORT_TOOLS)
+        if text_model is not None:
+            return make_seq2seq_bundle(folders[name], target, name, text_model, tools=tools, **sources)
         if task_model is not None:
             return make_task_bundle(folders[name], target, name, task_model, tools=tools, **sources)
         shipped = coded if name == "nf4" else None

@@ -1,4 +1,4 @@
-"""Graphs of tasks that do not generate: a merged transformers model through torch's exporter, laid out as a bundle."""
+"""Graphs of tasks: a merged transformers model through torch's exporter, laid out as a bundle."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import inspect
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.errors import ExportError
-from qlora_kit.export.graph import DATA, GRAPH
+from qlora_kit.export.graph import GRAPH
 
 OPSET = 20
 BLOCK_SIZE = 32  # channels of an int8 weight that share a scale
@@ -55,9 +56,12 @@ def build_task_graph(
     """
     model = getattr(transformers, auto_class).from_pretrained(merged, dtype=torch.float32).eval()
     graph = _exported(model, input_names(model, tokenizer), output_names(auto_class))
-    if profile == "int8":
-        graph = _quantized(graph)
-    _write(graph, target)
+    write_graph(quantized(graph) if profile == "int8" else graph, target / GRAPH)
+    copy_configuration(merged, target)
+
+
+def copy_configuration(merged: Path, target: Path) -> None:
+    """What a bundle says of its model beside the graph."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(merged / name, target / name)
 
@@ -79,14 +83,36 @@ def _exported(model: PreTrainedModel, inputs: list[str], outputs: list[str]) -> 
     mask[1, 3:] = 0
     examples = {"input_ids": ids, "attention_mask": mask, TYPES: torch.zeros_like(ids)}
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    module, given = _Positional(model, inputs, outputs), tuple(examples[name] for name in inputs)
+    return exported(module, given, inputs, outputs, (tuple(dynamic for _ in inputs),), type(model).__name__)
+
+
+def exported(
+    module: nn.Module,
+    examples: tuple[Any, ...],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic: tuple[Any, ...],
+    name: str,
+) -> onnx.ModelProto:
+    """The graph of `module`, with the inputs and outputs so named.
+
+    Args:
+        examples: its arguments, tensors or tuples of tensors.
+        dynamic: of each argument, the dimensions of any size.
+        name: of the model, for errors.
+
+    Raises:
+        ExportError: torch cannot export it.
+    """
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                _Positional(model, inputs, outputs).eval(),
-                tuple(examples[name] for name in inputs),
+                module.eval(),
+                examples,
                 input_names=inputs,
                 output_names=outputs,
-                dynamic_shapes=(tuple(dynamic for _ in inputs),),
+                dynamic_shapes=dynamic,
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -94,7 +120,7 @@ def _exported(model: PreTrainedModel, inputs: list[str], outputs: list[str]) -> 
     except torch.onnx.OnnxExporterError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise ExportError(
-            f"{type(model).__name__} could not be written as an ONNX graph ({reason})", fix="Use the merged model"
+            f"{name} could not be written as an ONNX graph ({reason})", fix="Use the merged model"
         ) from error
     assert program is not None
     return program.model_proto
@@ -116,8 +142,12 @@ def _quiet() -> Iterator[None]:
         root.setLevel(level)
 
 
-def _quantized(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights of matrix products in 8 bit, those of the head aside (a pooler is a Gemm, and stays as it is)."""
+def quantized(graph: onnx.ModelProto, outputs: Sequence[str] | None = None) -> onnx.ModelProto:
+    """Weights of matrix products in 8 bit, those of the head aside (a pooler is a Gemm, and stays as it is).
+
+    Args:
+        outputs: those that a head makes; all where left out.
+    """
     with _quiet():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -127,18 +157,19 @@ def _quantized(graph: onnx.ModelProto) -> onnx.ModelProto:
             block_size=BLOCK_SIZE,
             is_symmetric=True,
             accuracy_level=QUANTIZED_ACTIVATIONS,
-            nodes_to_exclude=_heads(graph.graph),
+            nodes_to_exclude=_heads(graph.graph, outputs),
         )
         quantizer.process()
-    quantized: onnx.ModelProto = quantizer.model.model
-    return quantized
+    found: onnx.ModelProto = quantizer.model.model
+    return found
 
 
-def _heads(graph: onnx.GraphProto) -> list[str]:
+def _heads(graph: onnx.GraphProto, outputs: Sequence[str] | None) -> list[str]:
     """Names of the products with a weight that no other such product follows on the way to an output."""
     weights = {tensor.name for tensor in graph.initializer}
     maker = {name: node for node in graph.node for name in node.output}
-    waiting, seen, heads = [value.name for value in graph.output], set[str](), []
+    waiting = [value.name for value in graph.output if outputs is None or value.name in outputs]
+    seen, heads = set[str](), []
     while waiting:
         name = waiting.pop()
         if name in seen or name not in maker:
@@ -152,9 +183,8 @@ def _heads(graph: onnx.GraphProto) -> list[str]:
     return heads
 
 
-def _write(graph: onnx.ModelProto, target: Path) -> None:
-    """onnx/model.onnx, with the weights of a large model beside it."""
-    (target / "onnx").mkdir()
-    size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
-    outside = size >= INSIDE_BYTES
-    onnx.save_model(graph, target / GRAPH, save_as_external_data=outside, location=DATA if outside else None)
+def write_graph(graph: onnx.ModelProto, file: Path) -> None:
+    """The graph, with the weights of a large model beside it in FILE_data."""
+    file.parent.mkdir(exist_ok=True)
+    outside = sum(len(tensor.raw_data) for tensor in graph.graph.initializer) >= INSIDE_BYTES
+    onnx.save_model(graph, file, save_as_external_data=outside, location=f"{file.name}_data" if outside else None)

@@ -100,7 +100,7 @@ def bundled_task(task: Task[Any], section: DataSection, model: PreTrainedModel) 
         return QuestionAnsweringTask(settings.stride, settings.max_answer_tokens, settings.unanswerable, length)
     raise ExportError(
         f"task.type {settings.type} has no bundles",
-        allowed="causal_lm, classification, regression, tagging, question_answering",
+        allowed="causal_lm, classification, regression, tagging, question_answering, seq2seq",
         fix="Use RUN/adapter beside its base",
     )
 
@@ -132,9 +132,9 @@ def task_rows(
     names, encode = input_names(model, tokenizer), row_encoder(info, tokenizer)
     found: list[TaskProofRow] = []
     with expanded(model, model.dtype):
-        for place, example in _examples(task, section, set(origins)):
+        for place, example in examples_at(task, section, set(origins)):
             rows = encode(example)
-            _check_same_tokens(place, [row for row, _ in rows], chosen)
+            check_same_tokens(place, [row for row, _ in rows], chosen)
             found += [
                 TaskProofRow(answered(model, names, info, row, places), origins[place])
                 for row, places in rows
@@ -175,7 +175,7 @@ PlacedRow = tuple[TokenRow, tuple[int, ...]]
 """A row, and the places that TaskRow says."""
 
 
-def _examples(task: Task[Any], section: DataSection, places: set[Place]) -> Iterator[tuple[Place, Any]]:
+def examples_at(task: Task[Any], section: DataSection, places: set[Place]) -> Iterator[tuple[Place, Any]]:
     """The examples at some places, read from their sources again."""
     sources = [*section.sources(), *filter(None, [eval_source(section)])]
     for index, source in enumerate(sources):
@@ -200,7 +200,8 @@ def row_encoder(info: TaskInfo, tokenizer: PreTrainedTokenizerBase) -> Callable[
     return lambda example: [(texts.encode(example.text if example.pair is None else (example.text, example.pair)), ())]
 
 
-def _check_same_tokens(place: Place, rows: Sequence[TokenRow], chosen: Sequence[ProofRow]) -> None:
+def check_same_tokens(place: Place, rows: Sequence[TokenRow], chosen: Sequence[ProofRow]) -> None:
+    """Raises ExportError where training made other tokens of the row at `place` than the runtime's `rows`."""
     made = Counter(tuple(row.input_ids.tolist()) for row in rows)
     for row, _ in chosen:
         if (row.source, row.row) == place and not row.truncated and tuple(row.input_ids.tolist()) not in made:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from qlora_runtime import Bundle, Reference, Tolerance
-from qlora_runtime.verify import NO_GREEDY_TOKEN, Report, compare
+from qlora_runtime import Reference, Tolerance
+from qlora_runtime.generating import GeneratingBundle
+from qlora_runtime.verify import NO_GREEDY_TOKEN, Report, compare, scored_logits
 
 from qlora_kit.export.perplexity import PerplexityRatio, TokenLosses, compare_perplexity
 from qlora_kit.export.reference import ReferenceRow
@@ -112,12 +113,12 @@ class Distances:
         }
 
 
-def measure(bundle: Bundle, rows: list[ReferenceRow], profile: Profile) -> tuple[Distances, list[str]]:
+def measure(bundle: GeneratingBundle, rows: list[ReferenceRow], profile: Profile) -> tuple[Distances, list[str]]:
     """Distances of an open bundle, and a sentence for each that is past the profile's tolerance."""
     sums = np.zeros(4)  # |difference|, KL, equal top-1, largest difference
     losses, seen = [], set[int]()
     for row in rows:
-        logits = bundle.logits([row.input_ids])[0]  # [seq, vocab]
+        logits = scored_logits(bundle, *row.read())  # [seq, vocab]
         difference = np.abs(logits - row.logits)
         log_p, log_q = log_softmax(row.logits), log_softmax(logits)
         sums[0] += difference.mean(axis=1).sum()
@@ -128,7 +129,7 @@ def measure(bundle: Bundle, rows: list[ReferenceRow], profile: Profile) -> tuple
     shipped = compare(bundle, Reference([row.shipped() for row in rows], profile.reference))
     # An exact bundle's completions count by themselves, however few.
     ratio = compare_perplexity(losses, min_loss_tokens=1) if profile.exact else compare_perplexity(losses)
-    positions = sum(len(row.input_ids) for row in rows)
+    positions = sum(len(row.logits) for row in rows)
     distances = Distances(
         max_logit=float(sums[3]),
         mean_logit=float(sums[0] / positions),
@@ -169,7 +170,7 @@ def _token_losses(
     A template's opening is the same in every row. It says one thing, however often: a token whose whole context is in
     `seen` is left out. The row's contexts are added to `seen`.
     """
-    context, fresh = 0, []
+    context, fresh = hash(tuple(row.source_ids or ())), []
     for token in row.input_ids:
         context = hash((context, token))
         fresh.append(context not in seen)

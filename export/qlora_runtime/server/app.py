@@ -15,9 +15,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from qlora_runtime.bundle import Bundle
 from qlora_runtime.errors import BundleError
 from qlora_runtime.generate import TextStream, stream_text
+from qlora_runtime.generating import GeneratingBundle
 from qlora_runtime.server.engine import Engine, Turn, steps
 from qlora_runtime.server.errors import ApiError, from_bundle
 from qlora_runtime.server.fields import Asked, read_chat, read_completion
@@ -44,7 +44,7 @@ class Service:
         hosts: the Host headers that are answered, "*" for all: pages of other sites have no business here.
     """
 
-    bundle: Bundle | TaskBundle
+    bundle: GeneratingBundle | TaskBundle
     name: str
     limits: Limits = field(default_factory=Limits)
     api_key: str | None = None
@@ -138,7 +138,7 @@ class Service:
                 turn.close()
 
     def _begin(self, asked: Asked, turn: Turn) -> TextStream:
-        assert isinstance(self.bundle, Bundle)
+        assert not isinstance(self.bundle, TaskBundle)
         return stream_text(self.bundle, asked.prompt, asked.sampling, turn.cancelled)
 
     def _check_model(self, body: JsonObject) -> JsonObject:

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from qlora_runtime.bundle import Bundle
 from qlora_runtime.console import warn_unverified
 from qlora_runtime.errors import ArgumentError
+from qlora_runtime.generating import GeneratingBundle, open_generating
 from qlora_runtime.schema import read_manifest
+from qlora_runtime.task import Seq2SeqTask
 from qlora_runtime.task_bundle import TaskBundle
 
 KEY_VARIABLE = "QLORA_RUNTIME_API_KEY"
@@ -72,9 +73,10 @@ def serve(options: argparse.Namespace) -> None:
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def _open(options: argparse.Namespace) -> Bundle | TaskBundle:
-    kind = Bundle if read_manifest(options.bundle).task is None else TaskBundle
-    bundle = kind.open(options.bundle, check_hashes=not options.no_hashes, threads=options.threads)
+def _open(options: argparse.Namespace) -> GeneratingBundle | TaskBundle:
+    task = read_manifest(options.bundle).task
+    opened = open_generating if task is None or isinstance(task, Seq2SeqTask) else TaskBundle.open
+    bundle = opened(options.bundle, not options.no_hashes, options.threads)
     warn_unverified(bundle.manifest)
     return bundle
 
