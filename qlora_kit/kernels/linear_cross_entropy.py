@@ -64,6 +64,20 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, expand, bias, labels, chunk_logits, wanted)
 
 
+def _chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, losses: Tensor, grads: Tensor | None
+) -> None:
+    """Writes losses [n] and, where wanted, the gradients [n, width] of each; its logits are gone before the next."""
+    logits = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype)).float()
+    log_sum = logits.logsumexp(1, keepdim=True)  # [n, 1]
+    own = labels[:, None]
+    losses.copy_((log_sum - logits.gather(1, own)).squeeze(1))
+    if grads is not None:
+        by_logit = logits.sub_(log_sum).exp_()  # softmax; less one at the label
+        by_logit.scatter_(1, own, by_logit.gather(1, own) - 1)
+        torch.mm(by_logit.to(hidden.dtype), weight, out=grads)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -73,14 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         grads = torch.empty_like(hidden) if wanted else None  # of each token's own loss
         for place in token_chunks(len(labels), len(weight), size):
-            logits = F.linear(hidden[place], weight, None if bias is None else bias.to(hidden.dtype)).float()
-            log_sum = logits.logsumexp(1, keepdim=True)  # [n, 1]
-            own = labels[place, None]
-            losses[place] = (log_sum - logits.gather(1, own)).squeeze(1)
-            if grads is not None:
-                by_logit = logits.sub_(log_sum).exp_()  # softmax; less one at the label
-                by_logit.scatter_(1, own, by_logit.gather(1, own) - 1)
-                torch.mm(by_logit.to(hidden.dtype), weight, out=grads[place])
+            _chunk(hidden[place], weight, bias, labels[place], losses[place], None if grads is None else grads[place])
         if grads is not None:
             ctx.save_for_backward(grads)
         return losses
