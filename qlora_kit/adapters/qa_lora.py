@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.adapters.inject import adapted_layers
-from qlora_kit.adapters.layer import LinearLayer, fresh_projection
+from qlora_kit.adapters.layer import LinearLayer, SideBranch, fresh_projection
 from qlora_kit.adapters.lora import LoraLinear, LowRank
 from qlora_kit.adapters.peft_config import low_rank_config, read_low_rank_config
 from qlora_kit.adapters.settings import QaLoraSettings
@@ -61,6 +61,9 @@ class QaLoraLinear(LoraLinear):
         if self.training and self.dropout > 0:
             return lora_linear_reference(x, self.expand, self.bias, wide, self.lora_B, self.scaling, self.dropout)
         return lora_linear(x, self.expand, self.bias, wide, self.lora_B, self.scaling)
+
+    def branch(self) -> SideBranch:
+        return SideBranch(self.widened.detach().float(), self.scaling * self.lora_B.detach().float())
 
     def delta(self) -> Tensor:
         """s B A, A widened, float32 [out, in]."""

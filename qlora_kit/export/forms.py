@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from qlora_kit.export.codes import CodedLayer
+from qlora_kit.export.codes import CODED_BASES, CodedLayer
 from qlora_kit.export.grid4 import round_4bit
 from qlora_kit.export.linear import Float, Form, Linear
 from qlora_kit.export.nbits import BLOCK_SIZE, Rounded4, Rounded8
@@ -44,10 +44,10 @@ def forms_of(profile: str, coded: Mapping[str, CodedLayer], moments: Mapping[str
     """The forms of a profile.
 
     Args:
-        coded: the training base's 4-bit layers, for `nf4`.
+        coded: the training base's 4-bit layers, for profiles that ship their codes.
         moments: second moments of the inputs of layers, for `int4`.
     """
-    if profile == "nf4":
+    if profile in CODED_BASES:
         return Forms(Float(), lambda linears, weights: coded, packs_attention=False, shares_head=True)
     if profile == "int4":
 

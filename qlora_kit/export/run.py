@@ -17,7 +17,7 @@ from qlora_kit.data.template import stop_token_ids
 from qlora_kit.errors import ExportError, RunError
 from qlora_kit.export.bundle import make_bundle
 from qlora_kit.export.calibration import linear_moments
-from qlora_kit.export.codes import QUANT_TYPES, coded_layers
+from qlora_kit.export.codes import CODED_BASES, coded_layers
 from qlora_kit.export.merge import LayerDelta, save_merged
 from qlora_kit.export.onto import merge_onto
 from qlora_kit.export.rows import calibration_rows, proof_rows, reference_rows
@@ -85,13 +85,13 @@ def export_run(
 
 def _require_fitting(name: str, recipe: Recipe, onto: Onto) -> None:
     """Raises: ExportError where the run has not what the profile ships."""
-    if name == "nf4" and onto != "dequantized":
-        raise ExportError("nf4 ships the codes that were trained on", got=f"onto {onto}", allowed="dequantized")
-    if name == "nf4" and recipe.base.quant not in QUANT_TYPES:
+    if name in CODED_BASES and onto != "dequantized":
+        raise ExportError(f"{name} ships the codes that were trained on", got=f"onto {onto}", allowed="dequantized")
+    if name in CODED_BASES and recipe.base.quant not in CODED_BASES[name]:
         raise ExportError(
-            "nf4 ships the 4-bit codes that were trained on, and this base has none",
+            f"{name} ships the 4-bit codes that were trained on, and this base has none",
             got=f"base.quant={recipe.base.quant}",
-            allowed=", ".join(QUANT_TYPES),
+            allowed=", ".join(CODED_BASES[name]),
             fix="Export another profile",
         )
     if name not in ("fp32", "int8") and recipe.task.type != "causal_lm":
@@ -150,7 +150,7 @@ def _merge(
     if info is not None:
         answers = task_rows(model, task, info, chosen, recipe.data, tokenizer)
         task_model = TaskModel(info, task.auto_class, tokenizer, context_length(model), answers)
-    coded = coded_layers(model) if "nf4" in names else {}
+    coded = coded_layers(model) if CODED_BASES.keys() & set(names) else {}
     if onto == "dequantized":
         deltas = merge_onto(run, model)
     calibration = calibration_rows(data)
@@ -162,7 +162,7 @@ def _merge(
             return make_seq2seq_bundle(folders[name], target, name, text_model, tools=tools, **sources)
         if task_model is not None:
             return make_task_bundle(folders[name], target, name, task_model, tools=tools, **sources)
-        shipped = coded if name == "nf4" else None
+        shipped = coded if name in CODED_BASES else None
         return make_bundle(
             folders[name], target, PROFILES[name], rows, tools=tools, coded=shipped, moments=moments, **sources
         )

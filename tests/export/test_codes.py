@@ -1,4 +1,4 @@
-"""The profile nf4: the training base's own codes in the bundle, the adapter beside them."""
+"""The profiles nf4 and int4_exact: the training base's own codes in the bundle, the adapter beside them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from qlora_kit.adapters.layer import AdaptedLinear
 from qlora_kit.adapters.lora import LoraLinear
 from qlora_kit.adapters.neighbour_settings import BottleneckSettings
 from qlora_kit.adapters.pruned_settings import AdaLoraSettings, SoraSettings
-from qlora_kit.adapters.settings import DoraSettings, LoraSettings
+from qlora_kit.adapters.qa_lora import QaLoraLinear
+from qlora_kit.adapters.settings import DoraSettings, LoraSettings, QaLoraSettings
 from qlora_kit.adapters.sora import SoraLinear
 from qlora_kit.errors import AdapterError, ExportError
 from qlora_kit.export.codes import CodedLayer, coded_layers, same_codes
@@ -42,6 +43,7 @@ LAYERS: dict[str, tuple[type[LoraLinear], Any]] = {
     "dora": (DoraLinear, DoraSettings(rank=3)),
     "adalora": (AdaLoraLinear, AdaLoraSettings(rank=3)),
     "sora": (SoraLinear, SoraSettings(rank=3)),
+    "qa_lora": (QaLoraLinear, QaLoraSettings(rank=3, group_size=64)),
 }
 
 
@@ -72,8 +74,10 @@ def run_layer(folder: Path, layer: CodedLayer, rows: Rows, x: np.ndarray) -> np.
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize(("quant", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)])
+@pytest.mark.parametrize(("quant", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("int4", False)])
 def test_a_layer_computes_what_training_computed(tmp_path: Path, kind: str, quant: str, double_quant: bool) -> None:
+    if kind == "qa_lora" and quant != "int4":
+        pytest.skip("qa_lora is for int4 bases")
     layer = adapted(kind, quant, double_quant)
     x = torch.randn(7, 100)
     coded = coded_layers(nn.ModuleDict({"m": layer}))
@@ -121,6 +125,18 @@ def test_codes_of_the_training_base_ship(trained_run: Path, tmp_path: Path) -> N
         assert np.abs(logits - reference(ids).logits.numpy()).max() < 1e-4
 
 
+@pytest.mark.parametrize("method", ["lora", "qa_lora"])
+def test_codes_of_an_int4_base_ship(tmp_path: Path, method: str) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama")
+    run = train(write_recipe(tmp_path, model, base={"quant": "int4"}, adapter={"method": method}))
+    found: Any = export_run(RunFolder(run), QUIET, ["int4_exact"])["int4_exact"]
+    assert found.identical_codes == 14 and found.max_logit < 1e-4 and found.top1_agreement == 1
+    nodes = onnx.load(run / "bundles" / "int4_exact" / "onnx" / "model.onnx").graph.node
+    frozen = [node for node in nodes if node.op_type == "MatMulNBits"]
+    levels = [attribute.i for node in frozen for attribute in node.attribute if attribute.name == "accuracy_level"]
+    assert levels == [0] * 14
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["phi3", "qwen2"])
 def test_other_architectures_ship_their_codes(tmp_path: Path, arch: str) -> None:
@@ -136,3 +152,5 @@ def test_bases_without_codes_are_refused(trained_run: Path, tmp_path: Path) -> N
     run = changed_copy(trained_run, tmp_path / "run", base={"quant": "int8"})
     with pytest.raises(ExportError, match=r"nf4 ships the 4-bit codes.*got 'base.quant=int8'.*Allowed: fp4, nf4"):
         export_run(RunFolder(run), QUIET, ["nf4"])
+    with pytest.raises(ExportError, match=r"int4_exact ships the 4-bit codes.*got 'base.quant=int8'.*Allowed: int4"):
+        export_run(RunFolder(run), QUIET, ["int4_exact"])
