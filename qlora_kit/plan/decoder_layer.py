@@ -22,7 +22,6 @@ class Batch:
     Attributes:
         rows, length: it holds rows * length tokens.
         width: bytes of a number in the compute dtype.
-        masked: whether rows of different lengths need an attention mask.
         dropout: whether inputs of adapters are dropped, which keeps a copy and a mask of each.
         quantized: none, or how the projections are stored.
         gradient_width: bytes of an adapter's gradient.
@@ -31,7 +30,6 @@ class Batch:
     rows: int
     length: int
     width: int
-    masked: bool
     dropout: bool
     quant: str
     gradient_width: int
@@ -55,16 +53,12 @@ def _kept_by_attention(layer: LayerShape, batch: Batch) -> int:
     tokens, width = batch.tokens, batch.width
     kept = _kept_by_norms(layer, batch, (layer.norms + 1) // 2)
     kept += _adapter_inputs(layer.attention_in, layer.hidden, batch)
-    several = layer.key_value_heads > 1  # one head is no copy for all queries
-    key_value = layer.query if batch.masked and several else layer.key_value  # with a mask they are repeated
-    stream = layer.query + 2 * key_value + layer.query  # q, k, v and the result
-    if layer.fused and not batch.masked:
+    stream = 2 * layer.query + 2 * layer.key_value  # q, k, v and the result
+    if layer.fused:
         stream += layer.query + layer.key_value  # v is a part of the whole projection
     kept += tokens * (width * stream + 4 * layer.heads)
     if layer.qk_norm:
         kept += tokens * 4 * (layer.query + layer.key_value + layer.heads + layer.key_value_heads)
-    if batch.masked:
-        kept += batch.rows * batch.length**2 * width
     return kept + _inner(layer.attention_out, batch) + _residual_mask(layer, batch)
 
 

@@ -80,7 +80,6 @@ def _batch(recipe: Recipe, rows: int, gradient_width: int) -> Batch:
         rows=rows,
         length=recipe.data.max_seq_len,
         width=BYTES[recipe.base.compute_dtype],
-        masked=rows > 1,
         dropout=bool(gradient_width and getattr(recipe.adapter, "dropout", 0)),
         quant=recipe.base.quant,
         gradient_width=gradient_width,

@@ -70,7 +70,5 @@ def evaluation_tape(held: dict[str, int], shapes: ModelShapes, layers: list[Laye
 
 
 def _take_positions(tape: Tape, layer: LayerShape, batch: Batch) -> None:
-    """Rotary positions and, where rows differ in length, a mask."""
+    """Rotary positions; padding is behind the tokens, so that there is no mask (tasks/logits.py: needs_no_mask)."""
     tape.take(KEPT, 2 * batch.length * batch.width * (layer.query // layer.heads))
-    if batch.masked:
-        tape.take(KEPT, batch.rows * batch.length**2)
