@@ -21,6 +21,7 @@ PUBLISHED = {  # parameters as the models' own pages count them
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-0.5b": 494_032_768,
     "mistral-7b": 7_248_023_552,
+    "smollm2-135m": 134_515_008,
 }
 
 

@@ -1,4 +1,4 @@
-"""What a process holds beside its tensors: constants fitted by scripts/bench_memory.py, see benchmarks/memory.md."""
+"""What a process holds beside its tensors; scripts/bench_memory.py shows how far off the whole plan is."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from qlora_kit.data.collate import collate
 from qlora_kit.data.masking import Encoded
 from qlora_kit.kernels.linear_cross_entropy import linear_cross_entropy
 from qlora_kit.tasks.head import takes_losses_at_head
+from qlora_kit.tasks.logits import needs_no_mask
 from qlora_kit.tasks.loss import count_loss_tokens, row_losses, token_losses
 from qlora_kit.train.loop import _count_tokens, _forward_backward
 from qlora_kit.train.run_folder import RunFolder
@@ -217,7 +218,8 @@ def test_checkpointed_layers_keep_no_activations_of_their_own(tmp_path: Path, ti
     calls = {}
     for on in (False, True):
         session = session_for(tmp_path, tiny_llama, train={"gradient_checkpointing": on})
-        takes_losses_at_head(session.plain)  # measured once, which runs the layers too
+        takes_losses_at_head(session.plain)  # measured once, which runs the layers too, as this does
+        needs_no_mask(session.plain, torch.ones(1, 1))
         seen: list[int] = []
         layer = session.plain.get_submodule("model.layers.0.self_attn.q_proj")
         layer.register_forward_hook(lambda *_, seen=seen: seen.append(1))
