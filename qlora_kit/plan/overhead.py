@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 OVERHEAD = "framework and allocator"
-FRAMEWORK_BYTES = 90 * 2**20
+FRAMEWORK_BYTES = 64 * 2**20
 """Libraries loaded on the way, code made for matrix products, the tokenizer."""

@@ -14,7 +14,7 @@ from qlora_kit.plan import format_bytes
 from qlora_kit.train.memory_limit import anonymous_bytes
 
 INTERVAL_S = 0.005
-_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TIGHT_BYTES = -3, -1, 2**20  # malloc.h of glibc
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TIGHT_BYTES = -3, -1, 2**17  # malloc.h of glibc
 
 
 class PeakWatch:
@@ -68,7 +68,7 @@ class PeakWatch:
 def use_allocator(kind: str) -> None:
     """Sets how malloc keeps what is freed, for this process: `fast` as the system does, `tight` gives it back at once.
 
-    Tight, each tensor of 1 MiB or more has pages of its own, which go back when it is freed: no holes between tensors
+    Tight, each tensor of 128 KiB or more has pages of its own, which go back when it is freed: no holes between tensors
     that live on. The price is that pages are cleared anew. Only glibc can be told; elsewhere nothing happens.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if psutil.LINUX else None
