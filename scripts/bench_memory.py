@@ -5,7 +5,8 @@
 Each cell trains two steps through the toolkit's own `train`, in a fresh process, on a base of a published model's exact
 shape (its first layer and vocabulary random, the other layers zeros that take no disk), on rows of up to `sequence`
 tokens. Measured is the most anonymous memory, looked at every few milliseconds, above what the process held when its
-libraries were imported. Eight cells fitted the plan's constants, 24 others, drawn by the seed below, judge it.
+libraries were imported. Eight cells are there to fit the plan's one constant (plan/overhead.py), 24 others, drawn by
+the seed below, judge it; how many tokens a cell may have is limited per model, so that two steps end in minutes.
 What is in benchmarks/memory.json is kept (--again measures it anew); the plans are made anew each time.
 Linux only. Writes benchmarks/memory.json, .md and .png.
 """
@@ -198,7 +199,8 @@ def _report(options: argparse.Namespace, rows: list[Cell]) -> None:
     table = (
         "# Planned against measured memory, on a CPU\n\n"
         f"Two steps of `train`, fresh processes, `train.allocator={options.allocator}`, seed {SEED}. MiB of anonymous "
-        "memory above what the libraries took. Constants were fitted on the cells called fit; the others judge.\n\n"
+        "memory above what the libraries took. The plan's one constant was set on cells of an earlier draw; those "
+        "called fit agree.\n\n"
         f"{_verdict(judged)}\n\n| | cell | planned | measured | error |\n|---|---|---|---|---|\n"
         + "\n".join(lines)
         + "\n\n`python scripts/bench_memory.py` on "
