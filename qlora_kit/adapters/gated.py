@@ -39,8 +39,8 @@ class GatedLinear(LoraLinear):
         return self.scaling * (self.lora_B.detach().float() @ a)
 
     def branch(self) -> SideBranch:
-        a, b, _ = super().branch()
-        return SideBranch(a, b * self.gates.detach())
+        branch = super().branch()
+        return branch._replace(b=branch.b * self.gates.detach())
 
 
 def publish_open_ranks(

@@ -20,17 +20,19 @@ LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
 class SideBranch(NamedTuple):
     """What an adapter adds to the output of a frozen linear layer: y = row_scale ⊙ (x Wᵀ + (x Aᵀ) Bᵀ), all float32.
 
-    a [rank, in], b [out, rank] with the scaling in it, row_scale [out]; None where nothing is scaled.
+    a [rank, in], b [out, rank] with the scaling in it, row_scale [out]; None where nothing is scaled. With a
+    group_size, x is summed over groups of so many inputs before A, [rank, groups].
     """
 
     a: Tensor
     b: Tensor
     row_scale: Tensor | None = None
+    group_size: int | None = None
 
     def rows(self, first: int, count: int) -> SideBranch:
         """The part for `count` of the output's features."""
         place = slice(first, first + count)
-        return SideBranch(self.a, self.b[place], None if self.row_scale is None else self.row_scale[place])
+        return self._replace(b=self.b[place], row_scale=None if self.row_scale is None else self.row_scale[place])
 
 
 class AdaptedLayer(nn.Module):

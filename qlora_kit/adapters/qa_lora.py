@@ -63,7 +63,10 @@ class QaLoraLinear(LoraLinear):
         return lora_linear(x, self.expand, self.bias, wide, self.lora_B, self.scaling)
 
     def branch(self) -> SideBranch:
-        return SideBranch(self.widened.detach().float(), self.scaling * self.lora_B.detach().float())
+        b = self.scaling * self.lora_B.detach().float()
+        if self.in_features % self.group_size:
+            return SideBranch(self.widened.detach().float(), b)
+        return SideBranch(self.lora_A.detach().float(), b, group_size=self.group_size)
 
     def delta(self) -> Tensor:
         """s B A, A widened, float32 [out, in]."""

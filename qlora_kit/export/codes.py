@@ -7,7 +7,7 @@ base: codes, float32 scales and integer zero points.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from torch import nn
 
 from qlora_kit.adapters.layer import AdaptedLinear, SideBranch
 from qlora_kit.errors import ExportError
-from qlora_kit.export.linear import MICROSOFT, DataFile, Linear, node, read_tensor
-from qlora_kit.export.parameters import MergedWeights
+from qlora_kit.export.linear import MICROSOFT, DataFile, Linear, read_tensor
+from qlora_kit.export.parameters import MergedWeights, Rows
+from qlora_kit.export.side_branch import branch_nodes, stacked
 from qlora_kit.model.quantized import QuantizedLinear
 
 QUANT_TYPES = {"fp4": 0, "nf4": 1}
@@ -29,7 +30,7 @@ CODED_BASES = {"nf4": tuple(QUANT_TYPES), "int4_exact": ("int4",)}
 """The profiles that ship the training base's codes to the base.quant that they are for."""
 EXACT_LEVEL = 0
 """MatMulNBits' accuracy level that rounds no activations."""
-SPLIT = ":"
+SPLIT, BETWEEN = ":", ","
 
 
 @dataclass(frozen=True)
@@ -65,49 +66,68 @@ class CodedLayer:
         blocks = slice(start // self.base.block_size, -(-(start + size) // self.base.block_size))
         return {"codes": codes.cpu().numpy(), "absmax": self.base.expanded_absmax()[blocks].cpu().numpy()}
 
+
+@dataclass(frozen=True)
+class Coded:
+    """Layers in the codes that they were trained on, each with its adapter's branch. Those of one product have one.
+
+    Attributes:
+        layers: by name.
+    """
+
+    layers: Mapping[str, CodedLayer]
+
+    def all_of(self, linears: Sequence[Linear]) -> bool:
+        """Whether all of them have codes."""
+        return all(rows.layer in self.layers for linear in linears for rows in linear.rows)
+
     def write(self, linear: Linear, weights: MergedWeights, data: DataFile) -> list[onnx.NodeProto]:
-        """y = scale · (x Wᵀ + (x Aᵀ) Bᵀ), of which the adapter has what it has."""
+        """y = row_scale · (x Wᵀ + (x Aᵀ) Bᵀ), of which the adapter has what it has."""
         x, y = linear.node.input[0], linear.node.output[0]
-        (rows,) = linear.rows
-        stored = self.stored(rows.first, rows.count)
-        tensors = [data.add(f"{linear.prefix}.weight_{name}", array) for name, array in stored.items()]
-        kind, attributes = self._operator()
+        tensors = [
+            data.add(f"{linear.prefix}.weight_{name}", array)
+            for name, array in _stored(self.layers, linear.rows).items()
+        ]
+        parts = [self.layers[rows.layer] for rows in linear.rows]
+        kind, attributes = _operator(parts[0].base)
+        branches = [part.branch and part.branch.rows(rows.first, rows.count) for part, rows in zip(parts, linear.rows)]
+        branch = stacked(branches, [rows.count for rows in linear.rows])
         frozen = onnx.helper.make_node(
             kind,
             [x, *tensors],
-            [y if self.branch is None else f"{y}/frozen"],
-            name=f"{rows.layer}{SPLIT}{rows.first}{SPLIT}{rows.count}",  # whose codes they are, for `same_codes`
+            [y if branch is None else f"{y}/frozen"],
+            name=_name(linear.rows),
             domain=MICROSOFT,
-            K=self.base.in_features,
-            N=rows.count,
-            block_size=self.base.block_size,
+            K=parts[0].base.in_features,
+            N=sum(rows.count for rows in linear.rows),
+            block_size=parts[0].base.block_size,
             **attributes,
         )
-        if self.branch is None:
-            return [frozen]
-        return [frozen, *_branch_nodes(linear, self.branch.rows(rows.first, rows.count), data)]
-
-    def _operator(self) -> tuple[str, dict[str, Any]]:
-        """The operator that computes with the codes, and its attributes beyond shapes."""
-        if self.base.quant == "int4":
-            return "MatMulNBits", {"bits": 4, "accuracy_level": EXACT_LEVEL}
-        return "MatMulBnb4", {"quant_type": QUANT_TYPES[self.base.quant]}
+        return [frozen] if branch is None else [frozen, *branch_nodes(linear, frozen.output[0], branch, data)]
 
 
-def _branch_nodes(linear: Linear, branch: SideBranch, data: DataFile) -> list[onnx.NodeProto]:
-    x, y = linear.node.input[0], linear.node.output[0]
-    a = data.add(f"{linear.prefix}.lora_A", branch.a.T.cpu().numpy())
-    b = data.add(f"{linear.prefix}.lora_B", branch.b.T.cpu().numpy())
-    summed = y if branch.row_scale is None else f"{y}/summed"
-    nodes = [
-        node("MatMul", [x, a], f"{y}/lora_A"),
-        node("MatMul", [f"{y}/lora_A", b], f"{y}/lora_B"),
-        node("Add", [f"{y}/frozen", f"{y}/lora_B"], summed),
-    ]
-    if branch.row_scale is not None:
-        scale = data.add(f"{linear.prefix}.row_scale", branch.row_scale.cpu().numpy())
-        nodes.append(node("Mul", [summed, scale], y))
-    return nodes
+def _stored(layers: Mapping[str, CodedLayer], rows: Sequence[Rows]) -> dict[str, np.ndarray]:
+    """What the operator takes of all these rows, one behind another."""
+    parts = [layers[of.layer].stored(of.first, of.count) for of in rows]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _operator(base: QuantizedLinear) -> tuple[str, dict[str, Any]]:
+    """The operator that computes with the codes, and its attributes beyond shapes."""
+    if base.quant == "int4":
+        return "MatMulNBits", {"bits": 4, "accuracy_level": EXACT_LEVEL}
+    return "MatMulBnb4", {"quant_type": QUANT_TYPES[base.quant]}
+
+
+def _name(rows: Sequence[Rows]) -> str:
+    """A node's name, which tells `same_codes` whose codes it has."""
+    return BETWEEN.join(f"{of.parameter}{SPLIT}{of.first}{SPLIT}{of.count}" for of in rows)
+
+
+def _rows(name: str) -> list[Rows]:
+    """Those that `_name` was given."""
+    parts = [part.split(SPLIT) for part in name.split(BETWEEN)]
+    return [Rows(parameter, int(first), int(count)) for parameter, first, count in parts]
 
 
 @torch.no_grad()
@@ -133,10 +153,10 @@ def same_codes(graph: Path, layers: Mapping[str, CodedLayer]) -> int | None:
     shipped = [made for made in loaded.node if made.op_type in ("MatMulBnb4", "MatMulNBits")]
     lacking = set(layers)
     for made in shipped:
-        name, first, count = made.name.split(SPLIT)
-        trained = layers[name].stored(int(first), int(count))
+        rows = _rows(made.name)
+        trained = _stored(layers, rows)
         found = [read_tensor(tensors, graph.parent, tensor) for tensor in made.input[1:]]
         if not all(np.array_equal(ours, theirs) for ours, theirs in zip(found, trained.values(), strict=True)):
             return None
-        lacking.discard(name)
-    return None if lacking else len(shipped)
+        lacking -= {of.layer for of in rows}
+    return None if lacking else sum(len(_rows(made.name)) for made in shipped)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from qlora_kit.export.codes import CODED_BASES, CodedLayer
+from qlora_kit.export.codes import CODED_BASES, Coded, CodedLayer
 from qlora_kit.export.grid4 import round_4bit
 from qlora_kit.export.linear import Float, Form, Linear
 from qlora_kit.export.nbits import BLOCK_SIZE, Rounded4, Rounded8
@@ -28,14 +28,16 @@ class Forms:
     Attributes:
         other: of those that `choose` gives none.
         choose: looks at all layers, before any is written; layer name to form.
-        packs_attention: q, k and v may be one product.
+        packs: whether layers of one input may be one product.
+        packs_all: packs gate and up too, whose product is split again; q, k and v need no split.
         shares_head: a head that is the embedding is stored once, as `Float`.
         shares_codes: the same, as 8-bit codes.
     """
 
     other: Form
     choose: Choose = field(default=lambda linears, weights: {})
-    packs_attention: bool = True
+    packs: Callable[[list[Linear]], bool] = field(default=lambda linears: True)
+    packs_all: bool = False
     shares_head: bool = False
     shares_codes: bool = False
 
@@ -48,7 +50,7 @@ def forms_of(profile: str, coded: Mapping[str, CodedLayer], moments: Mapping[str
         moments: second moments of the inputs of layers, for `int4`.
     """
     if profile in CODED_BASES:
-        return Forms(Float(), lambda linears, weights: coded, packs_attention=False, shares_head=True)
+        return _coded_forms(Coded(coded), packs=profile == "int4_exact")
     if profile == "int4":
 
         def choose(linears: list[Linear], weights: MergedWeights) -> Mapping[str, Form]:
@@ -56,6 +58,17 @@ def forms_of(profile: str, coded: Mapping[str, CodedLayer], moments: Mapping[str
 
         return Forms(Rounded4(moments), choose, shares_codes=True)
     return Forms(Rounded8()) if profile == "int8" else Forms(Float(), shares_head=True)
+
+
+def _coded_forms(coded: Coded, packs: bool) -> Forms:
+    """Layers that have codes keep them. Packing saves operators, of which small models at one token have many."""
+
+    def choose(linears: list[Linear], weights: MergedWeights) -> Mapping[str, Form]:
+        return {linear.layer: coded for linear in linears if coded.all_of([linear])}
+
+    return Forms(
+        Float(), choose, packs=lambda linears: packs and coded.all_of(linears), packs_all=packs, shares_head=True
+    )
 
 
 def eight_bit_layers(

@@ -92,8 +92,9 @@ def _write_graph(merged: Path, target: Path, forms: Forms, windows: list[int]) -
     decoder["filename"] = GRAPH
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _fix_head_size(graph.model, decoder["head_size"])
-    if forms.packs_attention:
-        graph.pack_attention()
+    graph.pack_attention(forms.packs)
+    if forms.packs_all:
+        graph.pack_others(forms.packs)
     graph.write(target / GRAPH, forms)
     (target / "model.onnx").unlink()
 

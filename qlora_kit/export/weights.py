@@ -5,6 +5,7 @@ Tensors are read from the merged model, changed and written one at a time: no co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from qlora_kit.export.forms import Forms
 from qlora_kit.export.linear import DataFile, Linear
 from qlora_kit.export.nbits import BLOCK_SIZE, lookup_nodes
 from qlora_kit.export.parameters import MergedWeights, Rows, rows_of
+
+MayPack = Callable[[list[Linear]], bool]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class DecoderGraph:
         """All linear layers, in the order of the graph."""
         return [linear for node in self.model.graph.node if (linear := self.linear(node))]
 
-    def pack_attention(self) -> None:
+    def pack_attention(self, may: MayPack) -> None:
         """Makes q, k and v of each layer one product, in place, where attention takes them so and they share x."""
         makers = {name: node for node in self.model.graph.node for name in node.output}
         packed: dict[str, list[onnx.NodeProto]] = {}  # name of the first node to what takes its place
@@ -61,8 +64,8 @@ class DecoderGraph:
             adds = [makers[name] for name in attention.input[:3]]
             biased = all(node.op_type == "Add" and node.input[1] in self.held for node in adds)
             products = [makers[node.input[0]] for node in adds] if biased else adds
-            linears = [self.linear(node) for node in products]
-            if None in linears or len({node.input[0] for node in products}) > 1:
+            linears = [linear for node in products if (linear := self.linear(node))]
+            if len(linears) < len(products) or len({node.input[0] for node in products}) > 1 or not may(linears):
                 continue
             nodes = self._packed(products, adds if biased else [])
             gone |= {node.name for node in (*products, *adds)}
@@ -70,6 +73,34 @@ class DecoderGraph:
             attention.input[0], attention.input[1], attention.input[2] = nodes[-1].output[0], "", ""
         nodes = [new for node in self.model.graph.node for new in packed.get(node.name, [node])]
         self._replace_nodes([node for node in nodes if node.name not in gone])
+
+    def pack_others(self, may: MayPack) -> None:
+        """Makes all layers of one input one product that is split again, in place."""
+        by_input: dict[str, list[Linear]] = {}
+        for linear in self.linears():
+            by_input.setdefault(linear.node.input[0], []).append(linear)
+        groups = {group[0].node.name: group for group in by_input.values() if len(group) > 1 and may(group)}
+        gone = {linear.node.name for group in groups.values() for linear in group[1:]}
+        nodes = [
+            new
+            for node in self.model.graph.node
+            if node.name not in gone
+            for new in (self._split(groups[node.name]) if node.name in groups else [node])
+        ]
+        self._replace_nodes(nodes)
+
+    def _split(self, group: list[Linear]) -> list[onnx.NodeProto]:
+        """One MatMul for the group's, and its output in their parts."""
+        first, rows = group[0].node, tuple(rows for linear in group for rows in linear.rows)
+        weight, y = f"{first.input[1]}.packed", f"{first.output[0]}/packed"
+        self.parameters[weight] = Parameter(rows, transposed=True)
+        counts = np.array([sum(rows.count for rows in linear.rows) for linear in group])
+        self.held[f"{weight}_counts"] = numpy_helper.from_array(counts, f"{weight}_counts")
+        outputs = [linear.node.output[0] for linear in group]
+        return [
+            onnx.helper.make_node("MatMul", [first.input[0], weight], [y], name=f"{first.name}/packed"),
+            onnx.helper.make_node("Split", [y, f"{weight}_counts"], outputs, name=f"{first.name}/split", axis=-1),
+        ]
 
     def _packed(self, products: list[onnx.NodeProto], adds: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         """One MatMul, and an Add where there are biases, for those of q, k and v."""

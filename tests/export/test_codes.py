@@ -27,7 +27,7 @@ from qlora_kit.adapters.qa_lora import QaLoraLinear
 from qlora_kit.adapters.settings import DoraSettings, LoraSettings, QaLoraSettings
 from qlora_kit.adapters.sora import SoraLinear
 from qlora_kit.errors import AdapterError, ExportError
-from qlora_kit.export.codes import CodedLayer, coded_layers, same_codes
+from qlora_kit.export.codes import Coded, CodedLayer, coded_layers, same_codes
 from qlora_kit.export.linear import DataFile, Linear
 from qlora_kit.export.parameters import MergedWeights, Rows
 from qlora_kit.export.run import export_run
@@ -58,14 +58,14 @@ def adapted(kind: str, quant: str = "nf4", double_quant: bool = True, shape: tup
     return layer.eval()
 
 
-def run_layer(folder: Path, layer: CodedLayer, rows: Rows, x: np.ndarray) -> np.ndarray:
-    """What onnxruntime makes of x [n, in] with the layer written as a graph of its own."""
+def run_layers(folder: Path, layers: dict[str, CodedLayer], rows: list[Rows], x: np.ndarray) -> np.ndarray:
+    """What onnxruntime makes of x [1, n, in] with the layers' rows written as one product."""
     import onnxruntime as ort
 
-    linear = Linear(helper.make_node("MatMul", ["x", "m.weight"], ["y"], name="/m"), (rows,))
+    linear = Linear(helper.make_node("MatMul", ["x", "m.weight"], ["y"], name="/m"), tuple(rows))
     with DataFile(folder / "model.onnx_data") as data:
-        nodes = layer.write(linear, MergedWeights(folder), data)
-    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", None]) for name in ("x", "y")]
+        nodes = Coded(layers).write(linear, MergedWeights(folder), data)
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, "n", None]) for name in ("x", "y")]
     graph = helper.make_graph(nodes, "layer", ends[:1], ends[1:], list(data.tensors.values()))
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), folder / "model.onnx")
@@ -79,9 +79,9 @@ def test_a_layer_computes_what_training_computed(tmp_path: Path, kind: str, quan
     if kind == "qa_lora" and quant != "int4":
         pytest.skip("qa_lora is for int4 bases")
     layer = adapted(kind, quant, double_quant)
-    x = torch.randn(7, 100)
+    x = torch.randn(1, 7, 100)
     coded = coded_layers(nn.ModuleDict({"m": layer}))
-    y = run_layer(tmp_path, coded["m"], Rows("m.weight", 0, 48), x.numpy())
+    y = run_layers(tmp_path, coded, [Rows("m.weight", 0, 48)], x.numpy())
     with torch.no_grad():
         expected = layer(x).numpy()
     assert np.abs(y - expected).max() < 2e-6 * np.abs(expected).max()
@@ -95,12 +95,29 @@ def test_a_layer_computes_what_training_computed(tmp_path: Path, kind: str, quan
 def test_rows_of_a_layer_have_its_codes(tmp_path: Path) -> None:
     layer = adapted("dora", shape=(32, 100))
     coded = CodedLayer(layer.base_layer, layer.branch())  # type: ignore[arg-type]
-    x = torch.randn(3, 100)
-    y = run_layer(tmp_path, coded, Rows("m.weight", 16, 16), x.numpy())  # 1600 codes lie before these
+    x = torch.randn(1, 3, 100)
+    y = run_layers(tmp_path, {"m": coded}, [Rows("m.weight", 16, 16)], x.numpy())  # 1600 codes lie before these
     with torch.no_grad():
-        np.testing.assert_allclose(y, layer(x)[:, 16:].numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(y, layer(x)[..., 16:].numpy(), rtol=1e-5, atol=1e-5)
     with pytest.raises(ExportError, match=r"rows that begin at 1 of a layer begin inside a block of 64 codes"):
         coded.stored(1, 8)
+
+
+@pytest.mark.parametrize(("kind", "in_features"), [("lora", 100), ("dora", 100), ("qa_lora", 128), ("qa_lora", 100)])
+def test_layers_of_one_input_are_one_product(tmp_path: Path, kind: str, in_features: int) -> None:
+    """The third of them has no adapter; of qa_lora the input is pooled where its groups are full."""
+    first, second, third = (adapted(kind, "int4", False, (out, in_features)) for out in (48, 16, 24))
+    layers = {"q": first, "k": second, "v": third.base_layer}
+    coded, x = coded_layers(nn.ModuleDict(layers)), torch.randn(1, 5, in_features)
+    rows = [Rows(f"{name}.weight", 0, layer.out_features) for name, layer in layers.items()]
+    y = run_layers(tmp_path, coded, rows, x.numpy())
+    with torch.no_grad():
+        expected = torch.cat([layer(x) for layer in layers.values()], dim=-1).numpy()
+    assert np.abs(y - expected).max() < 2e-6 * np.abs(expected).max()
+    assert same_codes(tmp_path / "model.onnx", coded) == 3
+    kinds = [made.op_type for made in onnx.load(tmp_path / "model.onnx").graph.node]
+    pools = ["Reshape", "ReduceSum"] if (kind, in_features) == ("qa_lora", 128) else []
+    assert kinds == ["MatMulNBits", *pools, "MatMul", "MatMul", "Add", *(["Mul"] if kind == "dora" else [])]
 
 
 def test_only_low_rank_products_have_a_branch() -> None:
@@ -134,7 +151,7 @@ def test_codes_of_an_int4_base_ship(tmp_path: Path, method: str) -> None:
     nodes = onnx.load(run / "bundles" / "int4_exact" / "onnx" / "model.onnx").graph.node
     frozen = [node for node in nodes if node.op_type == "MatMulNBits"]
     levels = [attribute.i for node in frozen for attribute in node.attribute if attribute.name == "accuracy_level"]
-    assert levels == [0] * 14
+    assert levels == [0] * 8  # q, k and v are one product, gate and up another
 
 
 @pytest.mark.slow
