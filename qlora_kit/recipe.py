@@ -212,7 +212,7 @@ class ExportSection(Section):
     the base's codes. Only the first is the model that was trained."""
     merged: bool = True
     """Keep the merged model as a Hugging Face folder too."""
-    verify_prompts: Annotated[int, Field(ge=2, le=1000)] = 16
+    verify_prompts: Annotated[int, Field(ge=2, le=1000)] = 64
     """Rows on which a bundle is compared with the trained model: held out, then of training where those are too few."""
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from qlora_runtime import ReferencePrompt
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_kit.generate import generate_greedily
 
 TOP_K = 8
-GREEDY_TOKENS = 32
+GREEDY_TOKENS = 64
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -28,7 +32,7 @@ class ReferenceRow:
         input_ids: the whole row, [seq].
         prompt_tokens: how many of them are the prompt.
         loss_positions: positions whose next token carries loss.
-        logits: float32 [seq, vocab].
+        logits: float32 [seq, vocab], in memory or on disk.
         greedy_ids, margins: the greedy answer to the prompt, and how far its token led at each step.
         source_ids: what an encoder reads; `input_ids` are then the decoder's start token and the target, all of them
             but the last with logits. None: a decoder alone.
@@ -63,33 +67,54 @@ class ReferenceRow:
         )
 
 
+@dataclass(frozen=True)
+class Question:
+    """A row, its labels (-100: no loss), and how many of its tokens are the prompt that is to be answered."""
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_tokens: int
+    origin: Origin = "held_out"
+
+
 @torch.no_grad()
-def answer(
-    model: PreTrainedModel, input_ids: list[int], labels: list[int], prompt_tokens: int, origin: Origin = "held_out"
-) -> ReferenceRow:
-    """Runs the reference model on one row: all logits, then a greedy answer to its prompt."""
-    ids = torch.tensor([input_ids], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()  # [seq, vocab]
-    greedy_ids, margins = _greedy(model, ids[:, :prompt_tokens])
-    positions = [place for place, label in enumerate(labels[1:]) if label != -100]
-    return ReferenceRow(input_ids, prompt_tokens, positions, logits, greedy_ids, margins, origin)
+def reference_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], scratch: Path
+) -> list[ReferenceRow]:
+    """Runs the reference model on rows: all their logits, and a greedy answer to each prompt.
+
+    Answers are made in batches. How far each token led is then read from the answer as a whole, as bundles read it; of
+    two that are all but equal the other may lead, by less than nothing.
+
+    Args:
+        scratch: folder for the logits: 64 rows of 512 tokens over 128,256 words are 16 GiB.
+    """
+    prompts = [question.input_ids[: question.prompt_tokens] for question in questions]
+    found = []
+    for place, (question, greedy_ids) in enumerate(
+        zip(questions, generate_greedily(model, tokenizer, prompts, GREEDY_TOKENS), strict=True)
+    ):
+        file = scratch / f"logits-{place}.npy"
+        np.save(file, _logits(model, question.input_ids))
+        logits: FloatArray = np.load(file, mmap_mode="r")
+        margins = _margins(_logits(model, prompts[place] + greedy_ids[:-1])[question.prompt_tokens - 1 :], greedy_ids)
+        positions = [place for place, label in enumerate(question.labels[1:]) if label != -100]
+        row = (question.input_ids, question.prompt_tokens, positions, logits, greedy_ids, margins, question.origin)
+        found.append(ReferenceRow(*row))
+    return found
 
 
-def _greedy(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[list[int], list[float]]:
-    """Greedy tokens up to and with the first end token, and top-1 minus top-2 before each."""
-    eos = model.generation_config.eos_token_id
-    ends = set(eos if isinstance(eos, list) else [eos])
-    room = getattr(model.config, "max_position_embeddings", 1 << 30) - prompt.shape[1]
-    tokens: list[int] = []
-    margins: list[float] = []
-    step, cache = prompt, None
-    for _ in range(min(GREEDY_TOKENS, room)):
-        output = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        best = output.logits[0, -1].float().topk(2)
-        tokens.append(int(best.indices[0]))
-        margins.append(float(best.values[0] - best.values[1]))
-        if tokens[-1] in ends:
-            break
-        step = best.indices[:1].view(1, 1)
-    return tokens, margins
+def _logits(model: PreTrainedModel, ids: list[int]) -> FloatArray:
+    """float32 [seq, vocab]."""
+    logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+    found: FloatArray = logits[0].float().cpu().numpy()
+    return found
+
+
+def _margins(logits: FloatArray, tokens: list[int]) -> list[float]:
+    """Each token's logit less the largest other one. logits [tokens, vocab]"""
+    places = np.arange(len(tokens))
+    chosen = logits[places, tokens]
+    others = logits.copy()
+    others[places, tokens] = -np.inf
+    return [float(margin) for margin in chosen - others.max(axis=1)]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.data.dataset import PreparedData
 from qlora_kit.data.encoded_rows import EncodedRows
 from qlora_kit.data.masking import IGNORED, Encoded
 from qlora_kit.errors import ExportError
-from qlora_kit.export.reference import Origin, ReferenceRow, answer
+from qlora_kit.export.reference import Origin, Question, ReferenceRow, reference_answers
 from qlora_kit.model.quantized import expanded
 
 CALIBRATION_ROWS = 16
@@ -48,13 +49,26 @@ def proof_rows(data: PreparedData, prompts: int) -> list[ProofRow]:
     return chosen
 
 
-def reference_rows(model: PreTrainedModel, rows: Sequence[ProofRow]) -> list[ReferenceRow]:
-    """The trained model's own answers to the rows on which bundles are proven."""
-    with expanded(model, model.dtype):
-        return [
-            answer(model, row.input_ids.tolist(), row.labels.tolist(), _prompt_tokens(row), origin)
-            for row, origin in rows
-        ]
+def reference_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ProofRow], scratch: Path
+) -> list[ReferenceRow]:
+    """The trained model's own answers to the rows on which bundles are proven; their logits lie in `scratch`.
+
+    Raises:
+        ExportError: `scratch` cannot be written.
+    """
+    questions = [
+        Question(row.input_ids.tolist(), row.labels.tolist(), _prompt_tokens(row), origin) for row, origin in rows
+    ]
+    try:
+        scratch.mkdir(exist_ok=True)
+        with expanded(model, model.dtype):
+            return reference_answers(model, tokenizer, questions, scratch)
+    except OSError as error:
+        raise ExportError(
+            f"the trained model's logits cannot be kept in {scratch}: {error.strerror}",
+            fix="Free some space, or lower export.verify_prompts",
+        ) from error
 
 
 def _calibration_places(train: EncodedRows) -> list[int]:

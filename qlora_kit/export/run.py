@@ -73,7 +73,8 @@ def export_run(
                 console.print(_summary(run, name, made[name]), highlight=False)
             except ExportError as error:
                 failures.append(error)
-        shutil.rmtree(_smoothed_folder(run), ignore_errors=True)
+        for folder in (_smoothed_folder(run), _scratch_folder(run)):
+            shutil.rmtree(folder, ignore_errors=True)
         if not recipe.export.merged and not failures:
             shutil.rmtree(run.merged)
     for other in failures[1:]:
@@ -144,7 +145,7 @@ def _merge(
         deltas = merge_onto(run, model, onto)
         sources["adapter"] |= {"merged_onto": onto}
         console.print(f"WARNING: merged onto the {onto} base, this is not quite the model that was trained")
-    rows = reference_rows(model, chosen) if generates else []
+    rows = reference_rows(model, tokenizer, chosen, _scratch_folder(run)) if generates else []
     text_model = seq2seq_model(model, task, chosen, recipe.data, tokenizer) if translates else None
     task_model = None
     if info is not None:
@@ -195,6 +196,11 @@ def _write_merged(
 def _smoothed_folder(run: RunFolder) -> Path:
     """The merged model in the form that rounds best to 8 bit; there only while exporting."""
     return run.path / ".partial-smoothed"
+
+
+def _scratch_folder(run: RunFolder) -> Path:
+    """What the trained model said, whole; there only while exporting."""
+    return run.path / ".partial-reference"
 
 
 def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

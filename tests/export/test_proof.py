@@ -12,12 +12,12 @@ from qlora_runtime import Bundle, Tolerance, read_manifest
 from qlora_runtime.verify import NO_GREEDY_TOKEN
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model, tiny_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.errors import ExportError, VerificationError
 from qlora_kit.export.bundle import make_bundle
 from qlora_kit.export.graph import attention_windows
-from qlora_kit.export.reference import ReferenceRow, answer
+from qlora_kit.export.reference import Question, ReferenceRow, reference_answers
 from qlora_kit.export.verify import PROFILES, Distances, measure
 
 LOOSE = Tolerance(max_logit=100.0, min_top1=0.0, greedy_margin=100.0)
@@ -37,12 +37,14 @@ LONG = ("qwen2, biases", "gemma")  # each is a part of another case
 def reference_rows(merged: Path) -> list[ReferenceRow]:
     """Rows shorter and longer than the windows above."""
     model = AutoModelForCausalLM.from_pretrained(merged).eval()
-    rows = []
+    questions = []
     for seed, length in enumerate((10, 60, 90)):
         ids = tiny_ids(seed, rows=1, length=length)[0].tolist()
         half = length // 2
-        rows.append(answer(model, ids, [-100] * half + ids[half:], half))
-    return rows
+        questions.append(Question(ids, [-100] * half + ids[half:], half))
+    scratch = merged.parent / "scratch"
+    scratch.mkdir(exist_ok=True)
+    return reference_answers(model, AutoTokenizer.from_pretrained(merged), questions, scratch)
 
 
 def build(merged: Path, target: Path, profile: str = "fp32", **changes: Any) -> Distances:
@@ -56,7 +58,7 @@ def test_every_architecture_is_proven(tmp_path: Path, kind: str) -> None:
     distances = build(save_tiny_model(tmp_path / "merged", arch, tie, **changes), tmp_path / "fp32")
     assert distances.max_logit < 1e-4 and distances.top1_agreement == 1 and distances.greedy_tokens_compared > 20
     assert Bundle.open(tmp_path / "fp32").manifest.verification.passed  # type: ignore[union-attr]
-    assert {path.name for path in tmp_path.iterdir()} == {"merged", "fp32"}
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", "scratch", "fp32"}
 
 
 def test_windows_of_layers() -> None:
@@ -85,7 +87,9 @@ def test_weights_changed_after_the_merge_are_caught(tmp_path: Path) -> None:
     save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError, match=r"not the model that was trained: a logit differs by.*fp32\.rejected"):
         make_bundle(merged, tmp_path / "fp32", PROFILES["fp32"], rows, {}, None, {})
-    assert {path.name for path in tmp_path.iterdir()} == {"merged", "fp32.rejected"}, "the old bundle is none either"
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", "scratch", "fp32.rejected"}, (
+        "the old bundle is none either"
+    )
     verification = read_manifest(tmp_path / "fp32.rejected").verification
     assert verification is not None and not verification.passed and verification.distances["max_logit"] > 1e-3
 
@@ -152,8 +156,9 @@ def test_where_rows_come_from_is_counted_and_said(exported_run: Path) -> None:
 def test_a_nan_past_the_prompt_is_caught(exported_run: Path) -> None:
     bundle, fp32 = Bundle.open(exported_run / "bundles" / "fp32"), PROFILES["fp32"]
     row = reference_rows(exported_run / "merged")[1]
-    row.logits[-1, 3] = float("nan")  # after the last loss position: in no perplexity
-    distances, reasons = measure(bundle, [row], fp32)
+    logits = np.array(row.logits)
+    logits[-1, 3] = float("nan")  # after the last loss position: in no perplexity
+    distances, reasons = measure(bundle, [replace(row, logits=logits)], fp32)
     assert distances.max_logit != distances.max_logit and reasons
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tiny_models import save_tiny_model, tiny_ids, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.data.dataset import PreparedData
 from qlora_kit.data.encoded_rows import EncodedRows
 from qlora_kit.data.masking import IGNORED, Encoded
 from qlora_kit.data.report import DataReport
 from qlora_kit.errors import ExportError
-from qlora_kit.export.rows import CALIBRATION_ROWS, calibration_rows, proof_rows
+from qlora_kit.export.reference import GREEDY_TOKENS, Question, reference_answers
+from qlora_kit.export.rows import CALIBRATION_ROWS, calibration_rows, proof_rows, reference_rows
 
 
 def stored(contents: list[int], tokens: int = 20) -> EncodedRows:
@@ -71,3 +76,26 @@ def test_a_row_drawn_twice_or_held_out_too_comes_once() -> None:
 def test_too_little_proves_nothing(train: list[int], prompts: int, tokens: int, got: str) -> None:
     with pytest.raises(ExportError, match=rf"too little to prove a bundle on \(got '{got}.*at least 2 rows with 32"):
         proof_rows(data(train, [13 * 7], tokens), prompts)
+
+
+def test_answers_of_a_batch_are_those_of_each_prompt_token_by_token(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = [tiny_ids(seed, rows=1, length=length)[0].tolist() for seed, length in enumerate((9, 30, 14))]
+    questions = [Question(row, [IGNORED] * 5 + row[5:], 5) for row in ids]
+    for row, asked in zip(reference_answers(model, tokenizer, questions, tmp_path), questions, strict=True):
+        said = torch.tensor([asked.input_ids[:5]])
+        for token, margin in zip(row.greedy_ids, row.margins, strict=True):
+            best = model(said).logits[0, -1].topk(2)
+            assert token == best.indices[0] and abs(margin - (best.values[0] - best.values[1])) < 1e-5
+            said = torch.cat([said, best.indices[None, :1]], dim=1)
+        assert len(row.greedy_ids) == GREEDY_TOKENS or row.greedy_ids[-1] == tokenizer.eos_token_id
+        np.testing.assert_allclose(row.logits, model(torch.tensor([row.input_ids])).logits[0].detach(), atol=1e-6)
+        assert row.loss_positions == list(range(4, len(asked.input_ids) - 1))
+
+
+def test_logits_that_cannot_be_kept_are_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+    with pytest.raises(ExportError, match=r"logits cannot be kept in .*file.*lower export.verify_prompts"):
+        reference_rows(model, tiny_tokenizer(), [], tmp_path / "file")
