@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_kit.adapters.inject import output_head
 from qlora_kit.adapters.input_moments import input_moments
+from qlora_kit.adapters.layer import LINEAR, AdaptedLinear, linear_shape
 
 FULL_BYTES = 2 << 30
 """Whole matrices of moments up to this size. Of larger models the diagonals say which layers get 8 bit, no more."""
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """The linear layers of a merged model by name, or those that they are before it is merged."""
+    kinds = (*LINEAR, AdaptedLinear)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and not name.endswith(".base_layer")
+    }
 
 
 def linear_moments(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -20,16 +32,14 @@ def linear_moments(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> dic
 
     Without rows there are none: every weight then counts alike.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not output_head(model)
-    }
+    head = output_head(model)
+    layers = {name: layer for name, layer in linear_layers(model).items() if layer is not head}
     batches = [
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         for ids in (torch.tensor([list(row)], device=model.device) for row in rows)
     ]
     if not batches:
         return {}
-    full = sum(4 * layer.in_features**2 for layer in layers.values()) <= FULL_BYTES
+    widths = [linear_shape(layer)[0] for layer in layers.values()]
+    full = sum(4 * width**2 for width in widths) <= FULL_BYTES
     return input_moments(model, list(layers), batches, full)

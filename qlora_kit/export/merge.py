@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.adapters.inject import input_embedding, is_tied_head, output_head, untie_head
 from qlora_kit.adapters.layer import AdaptedLayer, AdaptedLinear
 from qlora_kit.errors import ExportError
+from qlora_kit.export.weight_files import WeightFiles
 from qlora_kit.model.quantized import QuantizedLinear
+
+T = TypeVar("T")
+Hold = Callable[[str, Tensor], Tensor]
+HELD = "held_by_the_merge"
+"""Marks a parameter that is where it is to stay."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,22 @@ class LayerDelta:
         return self.delta_norm / max(self.weight_norm, 1e-30)
 
 
+def in_memory(name: str, tensor: Tensor) -> Tensor:
+    """Where it is, floats in float32."""
+    return tensor.detach().float() if tensor.is_floating_point() else tensor
+
+
 @torch.no_grad()
-def merge_adapter(model: nn.Module) -> list[LayerDelta]:
+def merge_adapter(
+    model: nn.Module, hold: Hold = in_memory, adjusted: Callable[[str, QuantizedLinear, Tensor], Tensor] | None = None
+) -> list[LayerDelta]:
     """Turns a tuned model into a plain one in fp32, in place, layer by layer.
 
     The adapter was trained against the dequantized base, so that is what it is merged onto.
+
+    Args:
+        hold: keeps a weight of that name from the moment it is merged on, in memory or elsewhere.
+        adjusted: of a quantized layer's name, the layer, and the merged weight [out, in]: the weight to keep instead.
 
     Raises:
         ExportError: a merged weight is not finite; the layer is named.
@@ -49,14 +67,24 @@ def merge_adapter(model: nn.Module) -> list[LayerDelta]:
             merged = module.merged_weights()
             report += [_checked(f"{name}.{key}" if len(merged) > 1 else name, *merged[key]) for key in merged]
             if isinstance(module, AdaptedLinear):
-                _replace(model, name, plain_linear(module.base_layer, merged["weight"][0], name in transposed))
+                weight, base = merged.pop("weight")[0], module.base_layer
+                if adjusted and isinstance(base, QuantizedLinear):
+                    weight = adjusted(name, base, weight)
+                _replace(model, name, plain_linear(base, weight, name in transposed), hold)
                 continue
             for key, (weight, _) in merged.items():
                 setattr(module.base_layer, key, nn.Parameter(weight, requires_grad=False))
             _replace(model, name, module.base_layer)
         elif isinstance(module, QuantizedLinear) and not name.endswith(".base_layer"):
-            _replace(model, name, plain_linear(module, module.dequantize(torch.float32), name in transposed))
-    model.float()
+            weight = module.dequantize(torch.float32)
+            weight = adjusted(name, module, weight) if adjusted else weight
+            _replace(model, name, plain_linear(module, weight, name in transposed), hold)
+    stored = model.state_dict()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
+    for name, tensor in (*model.named_parameters(), *buffers):
+        if not hasattr(tensor, HELD):
+            tensor.data = hold(name, tensor.data)
+    model.float()  # buffers that are not stored
     if isinstance(model, PreTrainedModel):
         model.config.dtype = torch.float32
     return report
@@ -93,15 +121,31 @@ def plain_linear(layer: nn.Module, weight: Tensor, as_conv1d: bool) -> nn.Module
     return plain
 
 
-def save_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a merged model as a Hugging Face folder (fp32 safetensors, tokenizer, template), whole or not at all."""
+def save_merged(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, fill: Callable[[Hold], T]
+) -> T:
+    """Writes a Hugging Face folder (fp32 safetensors, configuration, tokenizer, template), whole or not at all.
+
+    Args:
+        fill: is given what writes a weight; what it returns is returned.
+
+    Raises:
+        ExportError: the disk is full, or something is in the way.
+    """
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        partial.mkdir(parents=True)
+        with WeightFiles(partial) as files:
+            found = fill(files.hold)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(partial)
+        if model.can_generate():
+            model.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
+        return found
     except OSError as error:
         raise ExportError(
             f"{folder} cannot be written: {error.strerror}", fix="Free some space and export again"
@@ -110,6 +154,10 @@ def save_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def _replace(model: nn.Module, name: str, layer: nn.Module, hold: Hold | None = None) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
+    if hold:
+        for key, parameter in layer.named_parameters():
+            parameter.data = hold(f"{name}.{key}", parameter.data)
+            setattr(parameter, HELD, True)

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapters.methods import METHODS
 from qlora_kit.errors import ExportError
-from qlora_kit.export.merge import LayerDelta, merge_adapter
+from qlora_kit.export.merge import Hold, LayerDelta, in_memory, merge_adapter
 from qlora_kit.model.quantize import Quantization
 from qlora_kit.model.quantized import QuantizedLinear
 from qlora_kit.recipe import Onto
@@ -20,7 +20,9 @@ from qlora_kit.train.run_folder import RunFolder
 
 
 @torch.no_grad()
-def merge_onto(run: RunFolder, model: PreTrainedModel, onto: Onto = "dequantized") -> list[LayerDelta]:
+def merge_onto(
+    run: RunFolder, model: PreTrainedModel, onto: Onto = "dequantized", hold: Hold = in_memory
+) -> list[LayerDelta]:
     """Turns the tuned model of a run into a plain one in fp32, in place.
 
     `dequantized` is the model that was trained. `original` puts the base's own 16-bit weights in the place of the
@@ -30,23 +32,19 @@ def merge_onto(run: RunFolder, model: PreTrainedModel, onto: Onto = "dequantized
         ExportError: the base is not quantized, or the adapter was made for what is left of it; as `merge_adapter`.
     """
     _refuse(run, onto)
-    quantized = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
-    deltas = merge_adapter(model)
     if onto == "dequantized":
-        return deltas
+        return merge_adapter(model, hold)
     base = run.recipe().base
     original = load_run_base(run, "none") if onto == "original" else None
     codes = Quantization(base.quant, base.double_quant, grid=int4_grid(base))
-    for name, layer in quantized.items():
-        plain_name = name.removesuffix(".base_layer")
-        plain: Any = model.get_submodule(plain_name)
-        if original is not None:
-            whole: Any = original.get_submodule(plain_name)
-            plain.weight += whole.weight.float() - _as_stored(plain, layer.dequantize(torch.float32))
-        else:
-            rounded = codes.quantize(_as_stored(plain, plain.weight.detach()).contiguous(), None)
-            plain.weight.copy_(_as_stored(plain, rounded.dequantize(torch.float32)))
-    return deltas
+
+    def adjusted(name: str, layer: QuantizedLinear, weight: torch.Tensor) -> torch.Tensor:
+        if original is None:
+            return codes.quantize(weight.contiguous(), None).dequantize(torch.float32)
+        whole: Any = original.get_submodule(name)
+        return weight + _rows(whole) - layer.dequantize(torch.float32)
+
+    return merge_adapter(model, hold, adjusted)
 
 
 def _refuse(run: RunFolder, onto: Onto) -> None:
@@ -63,6 +61,7 @@ def _refuse(run: RunFolder, onto: Onto) -> None:
         )
 
 
-def _as_stored(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """[out, in] as the layer holds it, or back: a Conv1D transposes."""
+def _rows(layer: Any) -> torch.Tensor:
+    """A plain layer's weight, float32 [out, in]; a Conv1D stores it transposed."""
+    weight: torch.Tensor = layer.weight.float()
     return weight.T if isinstance(layer, Conv1D) else weight

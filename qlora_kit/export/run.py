@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.adapters.methods import method_for
@@ -18,11 +17,12 @@ from qlora_kit.errors import ExportError, RunError
 from qlora_kit.export.bundle import make_bundle
 from qlora_kit.export.calibration import linear_moments
 from qlora_kit.export.codes import CODED_BASES, coded_layers
-from qlora_kit.export.merge import LayerDelta, save_merged
+from qlora_kit.export.disk import needed_bytes, require_room
+from qlora_kit.export.merge import Hold, LayerDelta, save_merged
 from qlora_kit.export.onto import merge_onto
 from qlora_kit.export.rows import calibration_rows, proof_rows, reference_rows
 from qlora_kit.export.seq2seq_bundle import make_seq2seq_bundle, seq2seq_model
-from qlora_kit.export.smoothing import smooth
+from qlora_kit.export.smoothing import Factors, input_ranges, smoothed, smoothing_factors
 from qlora_kit.export.task_bundle import TaskModel, make_task_bundle
 from qlora_kit.export.task_proof import TaskDistances, bundled_task, context_length, task_rows
 from qlora_kit.export.verify import PROFILES, Distances
@@ -141,8 +141,9 @@ def _merge(
         _set_end_tokens(model, tokenizer)
     data = prepare(recipe.data, tokenizer, recipe.run.seed, task)
     chosen = proof_rows(data, recipe.export.verify_prompts)
+    require_room(run, needed_bytes(model, names, chosen if generates else []), console)
     if onto != "dequantized":
-        deltas = merge_onto(run, model, onto)
+        _save_merged(run, model, onto, tokenizer, console)
         sources["adapter"] |= {"merged_onto": onto}
         console.print(f"WARNING: merged onto the {onto} base, this is not quite the model that was trained")
     rows = reference_rows(model, tokenizer, chosen, _scratch_folder(run)) if generates else []
@@ -152,10 +153,14 @@ def _merge(
         answers = task_rows(model, task, info, chosen, recipe.data, tokenizer)
         task_model = TaskModel(info, task.auto_class, tokenizer, context_length(model), answers)
     coded = coded_layers(model) if CODED_BASES.keys() & set(names) else {}
-    if onto == "dequantized":
-        deltas = merge_onto(run, model)
     calibration = calibration_rows(data)
-    folders, moments = _write_merged(run, model, deltas, tokenizer, names, calibration, console)
+    ranges = input_ranges(model, calibration) if "int8" in names else {}
+    moments = linear_moments(model, calibration) if "int4" in names else {}
+    if onto == "dequantized":
+        _save_merged(run, model, onto, tokenizer, console)
+    folders = dict.fromkeys(names, run.merged)
+    if factors := smoothing_factors(model, ranges):
+        folders["int8"] = _save_smoothed(run, model, factors, tokenizer, console)
 
     def make(name: str) -> Found:
         target, tools = run.bundles / name, tool_versions(EXPORT_TOOLS)
@@ -171,30 +176,32 @@ def _merge(
     return make
 
 
-def _write_merged(
-    run: RunFolder,
-    model: PreTrainedModel,
-    deltas: list[LayerDelta],
-    tokenizer: PreTrainedTokenizerBase,
-    names: list[str],
-    calibration: list[list[int]],
-    console: Console,
-) -> tuple[dict[str, Path], dict[str, Tensor]]:
-    """Saves the merged model; returns the folder that each profile is built from, and the moments int4 rounds by."""
-    save_merged(model, tokenizer, run.merged)
+def _save_merged(
+    run: RunFolder, model: PreTrainedModel, onto: Onto, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> None:
+    """Merges `model` in place; its weights lie in RUN/merged from then on, not in memory."""
+    deltas = save_merged(model, tokenizer, run.merged, lambda hold: merge_onto(run, model, onto, hold))
     write_json(run.path / "merge.json", _merge_report(deltas))
     console.print(f"merged {len(deltas)} layers in fp32 into {run.merged}", highlight=False)
-    folders = dict.fromkeys(names, run.merged)
-    moments = linear_moments(model, calibration) if "int4" in names else {}
-    if "int8" in names and (layers := smooth(model, calibration)):
-        console.print(f"int8: ranges of {layers} layers moved from activations into weights", highlight=False)
-        save_merged(model, tokenizer, _smoothed_folder(run))
-        folders["int8"] = _smoothed_folder(run)
-    return folders, moments
+
+
+def _save_smoothed(
+    run: RunFolder, model: PreTrainedModel, factors: Factors, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> Path:
+    """Writes the merged model in the form that rounds best to 8 bit; returns its folder."""
+
+    def fill(hold: Hold) -> None:
+        for name, parameter in model.named_parameters():
+            hold(name, smoothed(name, parameter.detach(), factors))
+
+    save_merged(model, tokenizer, _smoothed_folder(run), fill)
+    layers = sum(parameter.ndim > 1 for name, parameter in model.named_parameters() if name in factors)
+    console.print(f"int8: ranges of {layers} layers moved from activations into weights", highlight=False)
+    return _smoothed_folder(run)
 
 
 def _smoothed_folder(run: RunFolder) -> Path:
-    """The merged model in the form that rounds best to 8 bit; there only while exporting."""
+    """There only while exporting."""
     return run.path / ".partial-smoothed"
 
 

@@ -8,13 +8,16 @@ q/k/v and gate/up, the rows of up_proj before down_proj.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from qlora_kit.export.calibration import linear_layers
 
 STRENGTH = 0.6  # alpha of eq. 4: how much of the range moves into the weight
 
@@ -27,40 +30,42 @@ class SmoothingPair:
     layers: list[Any]
 
 
+Factors = dict[str, list[Tensor]]
+"""Parameter to what it is multiplied by, each of a shape that broadcasts to its own."""
+
+
 @torch.no_grad()
-def smooth(model: PreTrainedModel, rows: Sequence[Sequence[int]], strength: float = STRENGTH) -> int:
-    """Moves range from activations into weights, in place. Returns how many linear layers were smoothed.
+def smoothing_factors(model: PreTrainedModel, ranges: Mapping[str, Tensor], strength: float = STRENGTH) -> Factors:
+    """What moves range from activations into weights. Layers that are not built as Llama's are left alone.
 
     Args:
-        model: merged, fp32. Layers that are not built as Llama's are (see `smoothing_pairs`) are left alone.
-        rows: token ids of training rows, on which the inputs' ranges are measured; none leave the model as it is.
+        model: merged, fp32.
+        ranges: of `input_ranges`; none leave the model as it is.
     """
-    pairs = list(smoothing_pairs(model)) if rows else []
-    if not pairs:
-        return 0
-    ranges = _input_ranges(model, [pair.layers[0] for pair in pairs], rows)
-    for pair, reach in zip(pairs, ranges):
+    names = {module: name for name, module in model.named_modules()}
+    factors: Factors = defaultdict(list)
+    for pair in smoothing_pairs(model) if ranges else ():
         weight_reach = torch.stack([layer.weight.abs().amax(0) for layer in pair.layers]).amax(0)
-        scale = reach.clamp_min(1e-5) ** strength / weight_reach.clamp_min(1e-5) ** (1 - strength)  # [in]
+        reach = ranges[names[pair.layers[0]]].clamp_min(1e-5)
+        scale = reach**strength / weight_reach.clamp_min(1e-5) ** (1 - strength)  # [in]
         scale /= scale.log().mean().exp()  # around 1: norms stay of their size
-        weight = pair.source.weight  # a norm's [channels], or a linear layer's [channels, in]
-        weight.data /= scale.view(-1, *[1] * (weight.ndim - 1))
-        if getattr(pair.source, "bias", None) is not None:
-            pair.source.bias.data /= scale
+        for key, parameter in pair.source.named_parameters():  # a norm's [channels], or a linear layer's by rows
+            factors[f"{names[pair.source]}.{key}"].append(1 / scale.view(-1, *[1] * (parameter.ndim - 1)))
         for layer in pair.layers:
-            layer.weight.data *= scale
-    return sum(len(pair.layers) for pair in pairs)
+            factors[f"{names[layer]}.weight"].append(scale)
+    return dict(factors)
+
+
+def smoothed(name: str, tensor: Tensor, factors: Factors) -> Tensor:
+    """The parameter `name` times its factors."""
+    for factor in factors.get(name, ()):
+        tensor = tensor * factor
+    return tensor
 
 
 def smoothing_pairs(model: PreTrainedModel) -> Iterator[SmoothingPair]:
     """The places of a Llama-like decoder where a scale can be folded in; none for other shapes."""
-    for module in model.modules():
-        block: Any = module
-        # Without both norms attention and mlp may share one (Cohere), or the norms come after (OLMo 2).
-        if not all(
-            hasattr(block, name) for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-        ):
-            continue
+    for block in _decoder_blocks(model):
         heads = [getattr(block.self_attn, name, None) for name in ("q_proj", "k_proj", "v_proj")]
         gate, up, down = [getattr(block.mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         # Gemma 2 and 3 have a norm more, and there post_attention_layernorm feeds no layer.
@@ -71,6 +76,13 @@ def smoothing_pairs(model: PreTrainedModel) -> Iterator[SmoothingPair]:
             yield SmoothingPair(before_mlp, [gate, up])
         if all(isinstance(layer, nn.Linear) for layer in (gate, up, down)):
             yield SmoothingPair(up, [down])
+
+
+def _decoder_blocks(model: PreTrainedModel) -> Iterator[Any]:
+    for module in model.modules():
+        # Without both norms attention and mlp may share one (Cohere), or the norms come after (OLMo 2).
+        if all(hasattr(module, name) for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")):
+            yield module
 
 
 def _feeds(norm: Any, layers: list[Any]) -> bool:
@@ -88,17 +100,30 @@ def _feeds(norm: Any, layers: list[Any]) -> bool:
     return getattr(norm, "bias", None) is None and torch.allclose(doubled, before * 2, rtol=1e-5, atol=1e-7)
 
 
-def _input_ranges(model: PreTrainedModel, layers: list[Any], rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Largest |input| of each channel of each layer over all rows, float32 [in]."""
-    ranges: dict[nn.Module, Tensor] = {layer: torch.zeros(layer.in_features, device=model.device) for layer in layers}
+@torch.no_grad()
+def input_ranges(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Largest |input| of each channel of each linear layer over all rows, float32 [in].
 
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        reach = inputs[0].abs().flatten(0, -2).amax(0)
-        ranges[layer] = torch.maximum(ranges[layer], reach)
+    Nothing where there are no rows, or no layers to smooth by it.
 
-    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    Args:
+        model: merged or with its adapter.
+        rows: token ids of training rows.
+    """
+    ranges: dict[str, Tensor] = {}
+    if not any(True for _ in _decoder_blocks(model)):
+        return ranges
+
+    def recorder(name: str) -> Any:
+        def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            reach = inputs[0].abs().flatten(0, -2).amax(0).float()
+            ranges[name] = torch.maximum(ranges[name], reach) if name in ranges else reach
+
+        return record
+
+    hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in linear_layers(model).items()]
     for row in rows:
         model(input_ids=torch.tensor([list(row)], device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return [ranges[layer] for layer in layers]
+    return ranges

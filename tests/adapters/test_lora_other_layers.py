@@ -182,7 +182,7 @@ def test_a_model_of_torch_alone_trains_stores_and_merges(tmp_path: Path, recurre
     before = out(model)
     method = Lora(SETTINGS.model_copy(update={"target_modules": [*TARGETS, "memory"], "bias": "lora_only"}))
     assert len(method.inject(model)) == 5
-    assert torch.equal(out(model), before)
+    torch.testing.assert_close(out(model), before, rtol=1e-6, atol=1e-6)  # some CPUs' kernels take packed weights
     assert {"memory.base_layer.bias_hh_l1_reverse", "narrow.base_layer.bias"} <= trainable_parameters(model).keys()
     randomize(model)
     tuned = out(model)
