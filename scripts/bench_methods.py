@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from bench_runs import RESULTS, against, environment, hardware_line, manifest, metrics, train_run, write
+from bench_runs import RESULTS, against, environment, hardware_line, manifest, merged, metrics, train_run, write
 from e2e_texts import text_scores, write_e2e
 
 from qlora_kit.adapter_tools.listing import describe
@@ -42,8 +42,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {  # the recipe's adapte
     "bottleneck": ({"method": "bottleneck"}, []),
     "prompt tuning": ({"method": "prompt_tuning"}, ["train.lr=3e-2"]),
     "lora, distilled": (LORA, ["train.distill={teacher: base, temperature: 1.0}"]),
-    "full, 16 bit": ({"method": "full"}, ["base.quant=none", "train.lr=1e-5"]),
+    "lora, tuned teacher": (LORA, ["train.distill={teacher: TUNED, temperature: 1.0}"]),
+    "full, 16 bit": ({"method": "full"}, ["base.quant=none", "train.lr=1e-4"]),
 }
+TEACHER: tuple[dict[str, Any], list[str]] = ({**LORA, "use_rslora": True}, ["base.quant=none"])
+"""What is trained first, on the same rows, where a method has TUNED for a teacher."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.methods:
             if str(seed) not in results.setdefault(name, {}):
-                run = _train(options, overrides, name, seed)
+                run = _train(options, overrides, name, seed, VARIANTS[name])
                 results[name][str(seed)] = _result(run, name)
                 if bench.scores:
                     results[name][str(seed)] |= bench.scores(run)
@@ -125,8 +128,13 @@ def _result(run: Path, name: str) -> dict[str, Any]:
     }
 
 
-def _train(options: argparse.Namespace, data: list[str], name: str, seed: int) -> Path:
-    (adapter, more), bench = VARIANTS[name], BENCHES[options.task]
+def _train(
+    options: argparse.Namespace, data: list[str], name: str, seed: int, variant: tuple[dict[str, Any], list[str]]
+) -> Path:
+    (adapter, more), bench = variant, BENCHES[options.task]
+    if any("TUNED" in override for override in more):
+        teacher = merged(_train(options, data, "teacher", seed, TEACHER))
+        more = [override.replace("TUNED", str(teacher.resolve())) for override in more]
     tree = recipe_to_tree(load_recipe(bench.recipe))
     recipe = options.runs / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**tree, "adapter": adapter}), encoding="utf-8")

@@ -27,6 +27,21 @@ def train_run(recipe: str, name: str, out_dir: Path, overrides: list[str]) -> Pa
     return run
 
 
+def merged(run: Path) -> Path:
+    """The folder of a finished run's merged model, made where it is not there yet."""
+    from qlora_kit.export.merge import save_merged
+    from qlora_kit.export.onto import merge_onto
+    from qlora_kit.model.load import to_reference
+    from qlora_kit.train.restore import load_run_tokenizer, load_tuned
+    from qlora_kit.train.run_folder import RunFolder
+
+    folder = RunFolder.open(run)
+    if not folder.merged.exists():
+        model = to_reference(load_tuned(folder))
+        save_merged(model, load_run_tokenizer(folder), folder.merged, lambda hold: merge_onto(folder, model, hold=hold))
+    return folder.merged
+
+
 def manifest(run: Path) -> dict[str, Any]:
     return json.loads((run / "manifest.json").read_text(encoding="utf-8"))
 
