@@ -63,6 +63,8 @@ VARIANTS: dict[str, dict[str, Any]] = {  # the recipe's adapter section
     "nf4, sora": {**LORA, "method": "sora"},
     "nf4, bottleneck": {"method": "bottleneck"},
     "nf4, bitfit": {"method": "bitfit"},
+    "int4, lora": LORA,
+    "int4, qa_lora": {**LORA, "method": "qa_lora"},
 }
 LR_FACTORS = {"nf4, adalora": 5.0, "nf4, bitfit": 3.0}  # of lora's: one starts nearer to zero, one trains only biases
 TABLE = ("nf4, lora", FULL)  # the others are asked for by name
@@ -87,7 +89,8 @@ def main() -> None:
             for name in options.variants:
                 by_seed = found.setdefault(task, {}).setdefault(name, {})
                 if by_seed.get(str(seed), {}).get("lr") != _lr(task, name):
-                    run = tuned_run(options, task, name, VARIANTS[name], _lr(task, name), seed)
+                    quant = "none" if name == FULL else name.split(", ")[0]
+                    run = tuned_run(options, task, name, VARIANTS[name], _lr(task, name), seed, quant)
                     by_seed[str(seed)] = {"score": score(run, task), "lr": _lr(task, name), **manifest(run)["results"]}
                     _report(found, environment(run), options.out)  # each time: what is done stays done
 
@@ -111,7 +114,15 @@ def _lr(task: str, name: str) -> float:
     return BENCHES[task].full_lr if name == FULL else BENCHES[task].lora_lr * LR_FACTORS.get(name, 1.0)
 
 
-def tuned_run(options: argparse.Namespace, task: str, name: str, adapter: dict[str, Any], lr: float, seed: int) -> Path:
+def tuned_run(
+    options: argparse.Namespace,
+    task: str,
+    name: str,
+    adapter: dict[str, Any],
+    lr: float,
+    seed: int,
+    quant: str = "nf4",
+) -> Path:
     """A trained and evaluated run of an adapter section of the recipe, called after `name`."""
     bench = BENCHES[task]
     folder = options.runs if task == "addresses" else options.data
@@ -132,8 +143,7 @@ def tuned_run(options: argparse.Namespace, task: str, name: str, adapter: dict[s
     recipe["data"]["overlong"] = "truncate"
     recipe["train"] |= {"gradient_checkpointing": False, "threads": options.threads, "save_every": None}
     recipe["train"]["lr"] = lr
-    if adapter["method"] == "full":
-        recipe["base"]["quant"] = "none"
+    recipe["base"]["quant"] = quant
     file = options.runs / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     folder_name = f"{task}-{name.replace(', ', '-').replace(' ', '').replace('+', '-plus')}-lr{lr:g}-seed{seed}"

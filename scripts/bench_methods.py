@@ -43,6 +43,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {  # the recipe's adapte
     "prompt tuning": ({"method": "prompt_tuning"}, ["train.lr=3e-2"]),
     "lora, distilled": (LORA, ["train.distill={teacher: base, temperature: 1.0}"]),
     "lora, tuned teacher": (LORA, ["train.distill={teacher: TUNED, temperature: 1.0}"]),
+    "lora, int4": (LORA, ["base.quant=int4"]),
+    "qa_lora, int4": ({**LORA, "method": "qa_lora"}, ["base.quant=int4"]),
     "full, 16 bit": ({"method": "full"}, ["base.quant=none", "train.lr=1e-4"]),
 }
 TEACHER: tuple[dict[str, Any], list[str]] = ({**LORA, "use_rslora": True}, ["base.quant=none"])
