@@ -11,7 +11,8 @@ from tiny_models import tiny_ids, tiny_model
 
 from qlora_kit.adapters.inject import trainable_parameters
 from qlora_kit.adapters.lora import Lora
-from qlora_kit.adapters.peft_format import load_adapter
+from qlora_kit.adapters.method import DTYPES
+from qlora_kit.adapters.peft_format import load_adapter, read_adapter
 from qlora_kit.export.merge import merge_adapter
 
 
@@ -28,12 +29,14 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(tiny_ids()).logits
 
 
-def assert_ships_as_lora(shipped: Path, expected: torch.Tensor) -> None:
-    """The adapter in `shipped` gives a tiny Llama these logits: in PEFT, here as LoRA, and merged."""
+def assert_ships_as_lora(shipped: Path, expected: torch.Tensor, dtype: str = "fp32") -> None:
+    """The adapter in `shipped` gives a tiny Llama these logits: in PEFT, here as LoRA, and merged; all in `dtype`."""
+    assert {tensor.dtype for tensor in read_adapter(shipped).tensors.values()} == {DTYPES[dtype]}
+    atol = {"fp32": 1e-5, "bf16": 0.02}[dtype]  # B was rounded once
     theirs = peft.PeftModel.from_pretrained(tiny_model("llama"), str(shipped))
     again = tiny_model("llama")
     assert isinstance(load_adapter(again, shipped), Lora)
     for other in (theirs, again):
-        torch.testing.assert_close(logits(other), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(other), expected, rtol=0, atol=atol)
     merge_adapter(again)
-    torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=atol)

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_kit.adapters.methods import method_for
-from qlora_kit.adapters.settings import LoraSettings
+from qlora_kit.adapters.settings import AdapterSettings, DoraSettings, LoraSettings
 from qlora_kit.model.quantize import plan_quantization, quantize_planned
 from qlora_kit.plan import model_shapes, plan
 from qlora_kit.plan.decoder_layer import Batch, kept_bytes
@@ -36,7 +36,7 @@ WIDE: dict[str, Any] = {
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
-def built(kind: str, batch: Batch, settings: LoraSettings, **options: Any) -> tuple[Any, Any, Any]:
+def built(kind: str, batch: Batch, settings: AdapterSettings, **options: Any) -> tuple[Any, Any, Any]:
     """(model with adapter in training mode, its shapes, its layers in the plan)."""
     config = AutoConfig.for_model(kind, **WIDE | options)
     torch.manual_seed(0)
@@ -110,6 +110,15 @@ def test_a_layer_keeps_what_the_plan_says(
         model, _, planned = built(kind, batch, settings, **options | {"num_hidden_layers": layers})
         sizes.append(kept_by_autograd(model, batch))
     assert sizes[1] - sizes[0] == kept_bytes(planned[0], batch)
+
+
+def test_dora_keeps_the_output_of_each_layer_too() -> None:
+    """Beside a few numbers a row, which are not counted."""
+    batch, sizes = batch_of(), []
+    for layers in (2, 3):
+        model, _, planned = built("llama", batch, DoraSettings(rank=8), num_hidden_layers=layers)
+        sizes.append(kept_by_autograd(model, batch))
+    assert sizes[1] - sizes[0] == pytest.approx(kept_bytes(planned[0], batch), rel=0.02)
 
 
 def allocated_peak(step: Callable[[], None]) -> int:

@@ -25,9 +25,9 @@ class DoraLinear(LoraLinear):
 
     def __init__(self, base: LinearLayer, settings: LowRankSettings) -> None:
         super().__init__(base, settings)
-        squares = self.expand(torch.float32).square().sum(1)
-        self.register_buffer("row_squares", squares, persistent=False)
-        self.lora_magnitude = nn.Parameter(squares.sqrt())
+        norms = torch.linalg.vector_norm(self.expand(torch.float32), dim=1)
+        self.register_buffer("row_squares", norms.square(), persistent=False)
+        self.lora_magnitude = nn.Parameter(norms)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""

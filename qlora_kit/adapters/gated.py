@@ -48,8 +48,9 @@ def publish_open_ranks(
 ) -> None:
     """Writes the adapter in `checkpoint` into `target` as a LoRA adapter that computes the same.
 
-    Gates and scaling are multiplied into B, in float32, and ranks whose gate is zero are left out; a layer that
-    keeps none is left out whole. A stays as it was trained.
+    Gates and scaling are multiplied into B, in float32, and rounded once to its dtype: "the same" is exact in fp32, and
+    within a rounding of B in bf16. Ranks whose gate is zero are left out; a layer that keeps none is left out whole.
+    A stays as it was trained.
 
     Args:
         names: of A [rank, in], the gates [rank] or [rank, 1] and B [out, rank] on disk, relative to their layer.
@@ -73,10 +74,15 @@ def publish_open_ranks(
                 continue
             kept[0] = True  # its bias is trained: PEFT looks for one in adapted layers only
         tensors[f"{PREFIX}{layer}.lora_A.weight"] = a[kept].contiguous()
-        tensors[f"{PREFIX}{layer}.lora_B.weight"] = (b.float() * (scaling(layer) * gates))[:, kept].contiguous()
+        tensors[f"{PREFIX}{layer}.lora_B.weight"] = _gated(b, scaling(layer) * gates)[:, kept].contiguous()
         ranks[layer] = int(kept.sum())
     if not open_ranks:
         raise AdapterError(f"{checkpoint}: every rank of every layer was pruned, nothing is left to ship", fix=fix)
     if len(ranks) < len(layers):
         config["target_modules"] = list(ranks)
     write_adapter(target, unscaled_config(ranks, config), dict(sorted(tensors.items())))
+
+
+def _gated(b: Tensor, factors: Tensor) -> Tensor:
+    """B with each column multiplied, in its dtype."""
+    return (b.float() * factors).to(b.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kit.kernels.frozen_linear import ExpandWeight, autocast_input
+from qlora_kit.kernels.lora_linear import even_ranks
 
 SMALLEST_NORM = 2.0**-60  # of a row that is all zero, as of a padding token
 
@@ -89,12 +90,13 @@ class _DoraLinear(torch.autograd.Function):
         weight = expand(x.dtype)
         norms = row_norms(weight, a, b, row_squares, scaling)
         factor = (magnitude / norms).to(x.dtype)  # [out]
-        h = rows @ a.to(x.dtype).T  # [tokens, rank]
-        z = torch.mm(rows, weight.T).addmm_(h, b.to(x.dtype).T, alpha=scaling)  # [tokens, out]
+        wide_a, wide_b = even_ranks(a, b, x.dtype)
+        h = rows @ wide_a.T  # [tokens, rank and more]
+        z = torch.mm(rows, weight.T).addmm_(h, wide_b.T, alpha=scaling)  # [tokens, out]
         y = z * factor
         if bias is not None:
             y += bias.to(x.dtype)
-        ctx.save_for_backward(rows, h, a, b, z, factor, norms)
+        ctx.save_for_backward(rows, h[:, : len(a)].contiguous(), a, b, z, factor, norms)
         ctx.expand, ctx.scaling, ctx.shape, ctx.magnitude_dtype = expand, scaling, x.shape, magnitude.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -16,6 +16,21 @@ from torch.autograd.function import once_differentiable
 from qlora_kit.kernels.frozen_linear import ExpandWeight, autocast_input, frozen_linear
 
 
+WIDTH = 16
+"""Products of so many ranks, and of multiples of it, sum each rank in the same order on a CPU; others may not."""
+
+
+def even_ranks(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank] in `dtype`; in fp32 with ranks of zeros up to a multiple of WIDTH.
+
+    So a rank that grows moves no bit of what it computed.
+    """
+    a, b, lacking = a.to(dtype), b.to(dtype), -len(a) % WIDTH
+    if dtype != torch.float32 or not lacking:
+        return a, b
+    return F.pad(a, (0, 0, 0, lacking)), F.pad(b, (0, lacking))
+
+
 def lora_linear_reference(
     x: Tensor, expand: ExpandWeight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0
 ) -> Tensor:
@@ -46,10 +61,11 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, expand: ExpandWeight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
-        h = rows @ a.to(x.dtype).T  # [tokens, rank]
+        wide_a, wide_b = even_ranks(a, b, x.dtype)
+        h = rows @ wide_a.T  # [tokens, rank and more]
         y = F.linear(rows, expand(x.dtype), None if bias is None else bias.to(x.dtype))
-        y.addmm_(h, b.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(rows, h, a, b)
+        y.addmm_(h, wide_b.T, alpha=scaling)
+        ctx.save_for_backward(rows, h[:, : len(a)].contiguous(), a, b)
         ctx.expand, ctx.scaling, ctx.shape = expand, scaling, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from qlora_kit.adapters.files import CONFIG, WEIGHTS
-from qlora_kit.adapters.inject import adapted_layers
+from qlora_kit.adapters.inject import adapted_layers, expand_modules_to_save
 from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.peft_format import StoredAdapter, fill_adapter, read_adapter, take_frozen
 from qlora_kit.adapters.settings import LoraSettings
@@ -138,12 +138,14 @@ def _check_fits(session: Session, start: Start, own: LoraSettings) -> None:
             f"adapter.init_from: {start.folder} adapts other layers, {differing[0]} in one of both alone",
             fix="Give adapter.target_modules as it was trained with",
         )
-    in_full = [sorted(settings.modules_to_save) for settings in (own, start.settings)]
-    if in_full[0] != in_full[1]:
+    in_full, theirs = (
+        expand_modules_to_save(session.plain, settings.modules_to_save) for settings in (own, start.settings)
+    )
+    if in_full != theirs:
         raise AdapterError(
             f"adapter.init_from: {start.folder} holds other modules trained in full",
-            got=in_full[0],
-            allowed=str(in_full[1]),
+            got=in_full,
+            allowed=str(theirs),
             fix="Give adapter.modules_to_save and adapter.new_tokens as it was trained with",
         )
     for name in layers:

@@ -88,7 +88,7 @@ def test_what_ships_computes_the_same_with_fewer_ranks(tmp_path: Path, dtype: st
     assert config["peft_type"] == "LORA" and config["r"] == config["lora_alpha"] == 2
     assert sorted(config["rank_pattern"].values()) == [1, 1, 4, 4]  # q_proj and up_proj of two blocks
     assert not any("k_proj" in name for name in config["target_modules"])
-    assert_ships_as_lora(shipped, logits(ours))
+    assert_ships_as_lora(shipped, logits(ours), dtype)
 
 
 def test_an_adapter_whose_gates_are_all_closed_is_not_shipped(tmp_path: Path) -> None:

@@ -133,6 +133,15 @@ def test_pefts_adapter_as_a_start(tmp_path: Path, targets: list[str]) -> None:
             assert torch.equal(start[name][tuple(slice(size) for size in tensor.shape)], tensor)
 
 
+@pytest.mark.parametrize("module", ["norm", "lm_head"])  # the tied head stands for the embedding too
+def test_modules_trained_in_full_go_on_under_the_names_they_were_given(tmp_path: Path, module: str) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    first = train(write_recipe(tmp_path / "first", model, steps=1, adapter={"rank": 2, "modules_to_save": [module]}))
+    again = train(recipe_from(tmp_path / "again", first, model, steps=1, rank=2, alpha=32.0, modules_to_save=[module]))
+    start = tensors_of(again / "checkpoints/step-000000/adapter")
+    assert all(torch.equal(start[name], tensor) for name, tensor in tensors_of(first / "adapter").items())
+
+
 def refused(capsys: pytest.CaptureFixture[str], recipe: Path) -> str:
     """The error of a run that does not start, and leaves nothing behind."""
     assert main(["train", str(recipe), "--quiet"]) == 2
@@ -145,7 +154,7 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: Path) -> str:
     [
         ({"rank": 2, "alpha": 16.0}, "has rank 4 at model.layers.0.self_attn.q_proj, adapter.rank is smaller (got 2)"),
         ({"rank": 8}, "by another factor (got 4.0). Set adapter.alpha=64"),
-        ({"modules_to_save": ["lm_head"]}, "holds other modules trained in full (got ['lm_head']). Allowed: []"),
+        ({"modules_to_save": ["lm_head"]}, "trained in full (got ['model.embed_tokens', 'lm_head']). Allowed: []"),
         ({"target_modules": ["q_proj"]}, "adapts other layers, model.layers.0.mlp.down_proj in one of both alone"),
     ],
 )

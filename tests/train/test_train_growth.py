@@ -55,6 +55,18 @@ def test_growth_leaves_the_function_where_it_is(tmp_path: Path, changes: dict[st
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 16
 
 
+@pytest.mark.parametrize(("start", "end"), [(4, 16), (3, 5), (1, 2), (16, 48)])
+def test_growth_moves_no_bit_at_the_widths_of_real_models(start: int, end: int) -> None:
+    """Where a product of 4 ranks sums in another order than one of 16."""
+    model = tiny_model("llama", hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+    method = Lora(growing(rank=start, growth=[GrowthStage(at=0.5, rank=end)]))
+    method.inject(model)
+    randomize(model)
+    before = logits(model)
+    method.resize(model, 6, 10)
+    assert torch.equal(logits(model), before)
+
+
 def test_new_rows_learn_at_once() -> None:
     model = tiny_model("llama")
     method = Lora(growing())
