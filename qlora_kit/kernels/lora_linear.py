@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from qlora_kit.kernels.frozen_linear import ExpandWeight, autocast_input, frozen_linear
 
-
 WIDTH = 16
 """Products of so many ranks, and of multiples of it, sum each rank in the same order on a CPU; others may not."""
 

@@ -138,14 +138,14 @@ def _check_fits(session: Session, start: Start, own: LoraSettings) -> None:
             f"adapter.init_from: {start.folder} adapts other layers, {differing[0]} in one of both alone",
             fix="Give adapter.target_modules as it was trained with",
         )
-    in_full, theirs = (
+    in_full, stored = (
         expand_modules_to_save(session.plain, settings.modules_to_save) for settings in (own, start.settings)
     )
-    if in_full != theirs:
+    if in_full != stored:
         raise AdapterError(
             f"adapter.init_from: {start.folder} holds other modules trained in full",
             got=in_full,
-            allowed=str(theirs),
+            allowed=str(stored),
             fix="Give adapter.modules_to_save and adapter.new_tokens as it was trained with",
         )
     for name in layers:
