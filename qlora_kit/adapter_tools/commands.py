@@ -1,4 +1,4 @@
-"""`qlora-kit adapters`: list, combine, convert, inspect."""
+"""`qlora-kit adapters`: list, combine, convert, attach, inspect."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qlora_kit.adapter_tools.attaching import attach
 from qlora_kit.adapter_tools.combining import combine_sources
 from qlora_kit.adapter_tools.converting import convert
 from qlora_kit.adapter_tools.inspecting import inspect
@@ -19,13 +20,15 @@ from qlora_kit.adapter_tools.sources import open_source
 from qlora_kit.adapter_tools.tables import print_inspection
 from qlora_kit.adapters.combine import Combination
 from qlora_kit.atomic import write_atomically
+from qlora_kit.train.run_folder import RunFolder
 
 WIDTH = 140  # columns
 
 
 def run_adapters(options: argparse.Namespace) -> None:
     """Does the action, and prints what came of it: tables for people, JSON for programs."""
-    {"list": _list, "combine": _combine, "convert": _convert, "inspect": _inspect}[options.action](options)
+    actions = {"list": _list, "combine": _combine, "convert": _convert, "attach": _attach, "inspect": _inspect}
+    actions[options.action](options)
 
 
 def _console() -> Console:
@@ -70,6 +73,14 @@ def _convert(options: argparse.Namespace) -> None:
         return
     print(f"{options.output}: LoRA in {result['dtype']}")
     _print_shares("left out by the cut to a rank", result["lost"])
+
+
+def _attach(options: argparse.Namespace) -> None:
+    made = attach(open_source(options.folder), RunFolder.open(options.run), Path(options.output), options.force)
+    if options.json:
+        print(json.dumps({"run": str(made.path), **made.manifest()["attached"]}, indent=2, ensure_ascii=False))
+        return
+    print(f"{made.path}: a run with {options.folder} on the base and data of {options.run}")
 
 
 def _print_shares(what: str, shares: dict[str, float | None]) -> None:

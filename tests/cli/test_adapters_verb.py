@@ -277,7 +277,7 @@ def test_generate_with_another_adapter(tmp_path: Path, trained_run: Path, capsys
     refused(["generate", str(bundle), "--adapter", "a"], "is a bundle: its adapter is merged", tmp_path, capsys)
 
 
-@pytest.mark.parametrize("action", ["list", "combine", "convert", "inspect"])
+@pytest.mark.parametrize("action", ["list", "combine", "convert", "attach", "inspect"])
 def test_help_imports_nothing_heavy(action: str) -> None:
     code = (
         "import sys, qlora_kit.cli as cli\n"
