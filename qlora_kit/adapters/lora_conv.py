@@ -39,12 +39,19 @@ class LoraConv(AdaptedLayer):
                 allowed="groups=1",
                 fix="Leave it out of target_modules",
             )
+        for own in base.__constants__:  # models ask for them: Whisper for the stride
+            setattr(self, own, getattr(base, own))
         self.rank, self.scaling, self.dropout = settings.rank, settings.scaling, settings.dropout
         kind: Any = {"dtype": DTYPES[settings.dtype], "device": self.device}
         fresh = fresh_projection(self.rank, *base.weight.shape[1:])
         ones = (1,) * (base.weight.dim() - 2)
         self.lora_A = nn.Parameter(fresh.to(**kind))
         self.lora_B = nn.Parameter(torch.zeros(base.out_channels, self.rank, *ones, **kind))
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen kernel, of which image models ask the dtype."""
+        return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, in, length...] or without the batch, to [batch, out, length...], in x's dtype."""

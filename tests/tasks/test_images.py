@@ -138,6 +138,12 @@ def test_a_convolutional_base_adapts_its_convolutions(tmp_path: Path, images: di
     assert accuracy(run) == 1.0
 
 
+def test_the_patches_of_a_transformer_can_be_adapted(tmp_path: Path, vit: Path, images: dict[str, str]) -> None:
+    adapter = {"target_modules": ["projection", "q_proj"]}
+    run = trained(recipe_of(tmp_path, vit, images, adapter=adapter, train={"max_steps": 2, "save_every": 2}))
+    assert "LoraConv" in {type(layer).__name__ for _, layer in adapted_layers(load_tuned(run))}
+
+
 def test_a_row_keeps_its_path_and_no_pixels(vit: Path, images: dict[str, str], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, vit, images)
     task, processor = prepare_task(recipe.task, recipe.data), load_processor(vit, "AutoImageProcessor")

@@ -70,6 +70,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, whisper: Path, sounds: dict[st
     return trained(recipe_of(tmp_path_factory.mktemp("run"), whisper, sounds, train=LEARNING))
 
 
+def test_its_convolutions_can_be_adapted(tmp_path: Path, whisper: Path, sounds: dict[str, str]) -> None:
+    adapter = {"target_modules": ["conv1", "conv2", "q_proj"]}
+    run = trained(recipe_of(tmp_path, whisper, sounds, adapter=adapter, train={"max_steps": 2, "save_every": 2}))
+    kinds = [type(layer).__name__ for _, layer in adapted_layers(load_tuned(run))]
+    assert kinds.count("LoraConv") == 2
+
+
 def held_out_batch(run: RunFolder) -> dict[str, torch.Tensor]:
     task, processor = run_task(run), load_run_tokenizer(run)
     return task.collate(list(prepare(run.recipe().data, processor, 0, task).eval), processor)
