@@ -2,7 +2,8 @@
 
     python scripts/bench_growth.py [--seeds 0 1 2] [--steps 100]
 
-Rank 16 from the start; rank 4 that grows to 16 at half of the steps; rank 4. All scale by 2.
+Rank 16 from the start; rank 4 that grows to 16 at half of the steps; rank 4. All scale by 2. And what growing does to
+the loss at that moment: of the run of rank 4, in fp32, before and after its adapter grows.
 Writes benchmarks/growth.json and .md.
 """
 
@@ -32,9 +33,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are written")
     options = parser.parse_args()
     runs = {variant: [_train(options, variant, seed) for seed in options.seeds] for variant in VARIANTS}
-    _report(
-        options, {variant: [_result(run) for run in of] for variant, of in runs.items()}, environment(runs["16"][0])
-    )
+    results = {variant: [_result(run) for run in of] for variant, of in runs.items()}
+    _report(options, results, _losses_when_growing(runs["4"][0]), environment(runs["16"][0]))
 
 
 def _train(options: argparse.Namespace, variant: str, seed: int) -> Path:
@@ -63,7 +63,35 @@ def _result(run: Path) -> dict[str, Any]:
     }
 
 
-def _report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]], env: dict[str, Any]) -> None:
+def _losses_when_growing(folder: Path) -> tuple[float, float]:
+    """Loss of held-out rows in fp32, in nats a token, before and after a rank of 4 becomes 16."""
+    import torch
+
+    from qlora_kit.adapters.peft_format import load_adapter
+    from qlora_kit.data.collate import collate
+    from qlora_kit.data.dataset import prepare
+    from qlora_kit.model.load import to_reference
+    from qlora_kit.train.restore import load_run_base, load_run_tokenizer
+    from qlora_kit.train.run_folder import RunFolder
+
+    run = RunFolder.open(folder)
+    recipe, tokenizer, model = run.recipe(), load_run_tokenizer(run), load_run_base(run)
+    method: Any = load_adapter(model, run.adapter)
+    batch = collate(list(prepare(recipe.data, tokenizer, recipe.run.seed).eval)[:32], tokenizer.pad_token_id)
+    reference, losses = to_reference(model.eval()), []
+    with torch.no_grad():
+        for rank in (4, 16):
+            method.change_rank(reference, method.settings.model_copy(update={"rank": rank, "alpha": 2.0 * rank}))
+            losses.append(float(reference(**batch).loss))
+    return losses[0], losses[1]
+
+
+def _report(
+    options: argparse.Namespace,
+    results: dict[str, list[dict[str, Any]]],
+    moment: tuple[float, float],
+    env: dict[str, Any],
+) -> None:
     losses = {variant: [result["eval_loss"] for result in of] for variant, of in results.items()}
     rows = [
         f"| {variant} | {np.mean(losses[variant]):.4f} | {against(losses, variant, '16')} "
@@ -76,9 +104,11 @@ def _report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]
         "`4 to 16` grows at half of the steps; all scale by 2.\n\n"
         "| rank | held-out loss | against 16, paired 95% t interval | s a step | trained weights at the end |\n"
         "|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"At the moment of growth the loss of 32 held-out rows in fp32 was {moment[0]:.9g} before and {moment[1]:.9g} "
+        f"after: it moved by {moment[1] - moment[0]:g}.\n\n"
         f"`python scripts/bench_growth.py --steps {options.steps}` on " + hardware_line(env)
     )
-    tree = {"seeds": options.seeds, "steps": options.steps, "results": results, **env}
+    tree = {"seeds": options.seeds, "steps": options.steps, "results": results, "loss_when_growing": moment, **env}
     write("growth", tree, table, options.out)
 
 
