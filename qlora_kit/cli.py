@@ -138,7 +138,7 @@ def run_generate(options: argparse.Namespace) -> int:
         raise QloraKitError("--system goes with --chat, not with --prompt", fix="Put it into the prompt")
     folder = Path(options.model)
     if (folder / "genai_config.json").is_file() or (folder / "onnx").is_dir():
-        if options.adapter is not None:
+        if options.adapter:
             raise QloraKitError(f"{folder} is a bundle: its adapter is merged", fix="Give a run or a base model")
         if not options.unverified:
             _refuse_unverified(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -15,12 +15,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from qlora_kit.adapters.folders import adapter_folder
 from qlora_kit.adapters.peft_format import load_adapter
 from qlora_kit.adapters.prompt_tuning import virtual_tokens
+from qlora_kit.adapters.switch import AdapterSet
 from qlora_kit.data.template import render_chat, stop_token_ids
-from qlora_kit.errors import ModelError
+from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.model.load import load_base, load_tokenizer
 from qlora_kit.model.quantized import expanded
 from qlora_kit.model.source import find_base
-from qlora_kit.train.restore import best_device, load_run_tokenizer, load_tuned
+from qlora_kit.train.restore import best_device, load_run_base, load_run_tokenizer, load_tuned
 from qlora_kit.train.run_folder import RunFolder
 
 
@@ -141,21 +142,21 @@ def generate_command(
     chat: str | None,
     system: str | None,
     seed: int,
-    adapter: str | None = None,
+    adapter: Sequence[str] = (),
     **options: Any,
 ) -> None:
     """Prints an answer as it is made; a conversation until an empty line where neither prompt nor chat text is given.
 
     Args:
-        adapter: a run or an adapter's folder, used on the run's or model's base instead of the run's own.
+        adapter: runs or adapters' folders, or NAME=FOLDER, used on the run's or model's base instead of the run's own.
+            Several answer in turn, or in a conversation the one that `/adapter NAME` named.
 
     Raises:
-        AdapterError: the adapter is not there, or does not fit the base.
+        AdapterError: an adapter is not there, does not fit the base, or cannot stand beside others.
         ModelError, RunError: there is no such run or model, or the prompt does not fit it.
         DataError: it has no chat template, or the template refuses these turns.
     """
-    model, tokenizer = _load(name, adapter)
-    torch.manual_seed(seed)
+    model, tokenizer, adapters = _load(name, adapter)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def say(ids: list[int]) -> list[int]:
@@ -164,31 +165,65 @@ def generate_command(
             raise ModelError("length of the prompt in tokens", got=len(ids), allowed=f"1 to {room}")
         return generate_ids(model, tokenizer, ids, streamer=streamer, **options)
 
+    def answer(messages: list[dict[str, Any]]) -> str:
+        text = render_chat(tokenizer, messages, generation_prompt=True)
+        return decode(tokenizer, say(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
     with expanded(model, model.dtype):
-        if prompt is not None:
-            say(tokenizer(prompt)["input_ids"])
+        if prompt is None and not chat:
+            torch.manual_seed(seed)
+            _converse(messages, answer, adapters)
             return
-        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
-        while turn := (chat or _ask()):
-            messages.append({"role": "user", "content": turn})
-            text = render_chat(tokenizer, messages, generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            answer = say(ids)
-            if chat:
-                return
-            messages.append({"role": "assistant", "content": decode(tokenizer, answer)})
+        for used in adapters.names if adapters else [None]:
+            torch.manual_seed(seed)
+            if adapters and used:
+                adapters.use(used)
+                print(f"{used}:")
+            if prompt is not None:
+                say(tokenizer(prompt)["input_ids"])
+            else:
+                answer([*messages, {"role": "user", "content": chat}])
 
 
-def _load(name: str, adapter: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = adapter_folder(Path(adapter)) if adapter is not None else None
+def _converse(
+    messages: list[dict[str, Any]], answer: Callable[[list[dict[str, Any]]], str], adapters: AdapterSet | None
+) -> None:
+    """Turns until an empty line; `/adapter NAME` has another adapter go on with the same conversation."""
+    if adapters:
+        adapters.use(adapters.names[0])
+        print(f"{adapters.current} answers; /adapter NAME switches to another: {', '.join(adapters.names)}")
+    while turn := _ask():
+        if adapters and turn.startswith("/adapter"):
+            try:
+                adapters.use(turn.removeprefix("/adapter").strip())
+            except AdapterError as error:
+                print(error)
+            continue
+        messages.append({"role": "user", "content": turn})
+        messages.append({"role": "assistant", "content": answer(messages)})
+
+
+def _load(name: str, given: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, AdapterSet | None]:
+    """The model with the one adapter that is meant, or with several beside it, none in use yet."""
+    one = adapter_folder(Path(given[0])) if len(given) == 1 else None
     if (Path(name) / "recipe.yaml").is_file():
         run = RunFolder.open(name)
-        return load_tuned(run, best_device(), folder), load_run_tokenizer(run)
-    source = find_base(name)
-    model = load_base(source, device=best_device())
-    if folder is not None:
-        load_adapter(model, folder)
-    return model.eval(), load_tokenizer(source.folder)
+        tokenizer = load_run_tokenizer(run)
+        model = load_run_base(run, device=best_device()) if len(given) > 1 else load_tuned(run, best_device(), one)
+    else:
+        source = find_base(name)
+        model, tokenizer = load_base(source, device=best_device()), load_tokenizer(source.folder)
+        if one is not None:
+            load_adapter(model, one)
+    model.eval()
+    if len(given) < 2:
+        return model, tokenizer, None
+    adapters = AdapterSet(model)
+    for text in given:
+        called, _, folder = ("", "", text) if Path(text).exists() else text.rpartition("=")
+        adapters.load(called or Path(folder).name, Path(folder))
+    return model, tokenizer, adapters
 
 
 def _ask() -> str:

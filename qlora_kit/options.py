@@ -117,7 +117,8 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompt", help="text to continue as it stands")
     what.add_argument("--chat", nargs="?", const="", help="one user turn; without text a conversation")
     parser.add_argument("--system", help="system turn of a chat")
-    parser.add_argument("--adapter", metavar="FOLDER", help="use this adapter on the run's base, or on the base model")
+    words = "use this adapter on the run's base, or on the base model; given more than once, all answer in turn"
+    parser.add_argument("--adapter", metavar="[NAME=]FOLDER", action="append", default=[], help=words)
     parser.add_argument("--unverified", action="store_true", help="also a bundle that did not pass verification")
     parser.add_argument("--max-new-tokens", type=_number(int, 1), default=256, help="default 256")
     parser.add_argument(

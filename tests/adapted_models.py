@@ -9,7 +9,7 @@ import peft
 import torch
 from tiny_models import tiny_ids, tiny_model
 
-from qlora_kit.adapters.inject import trainable_parameters
+from qlora_kit.adapters.inject import adapted_layers, trainable_parameters
 from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.method import DTYPES
 from qlora_kit.adapters.peft_format import load_adapter, read_adapter
@@ -40,3 +40,17 @@ def assert_ships_as_lora(shipped: Path, expected: torch.Tensor, dtype: str = "fp
         torch.testing.assert_close(logits(other), expected, rtol=0, atol=atol)
     merge_adapter(again)
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=atol)
+
+
+def assert_same_gradients(ours: Any, theirs: Any) -> None:
+    """Of A and B of each layer, between a model of ours and a trainable one of PEFT's with the same weights."""
+    for model in (ours, theirs):
+        model.zero_grad()
+        model(tiny_ids(), labels=tiny_ids()).loss.backward()
+    compared = 0
+    for name, layer in adapted_layers(ours):
+        other = theirs.base_model.model.get_submodule(name)
+        for own, wrapped in ((layer.lora_A, other.lora_A), (layer.lora_B, other.lora_B)):
+            torch.testing.assert_close(own.grad, wrapped["default"].weight.grad, rtol=1e-4, atol=1e-5)
+            compared += bool(own.grad.any())
+    assert compared

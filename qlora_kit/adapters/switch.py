@@ -81,7 +81,9 @@ def _check_switchable(folder: Path) -> None:
     stored = read_adapter(folder)
     if not issubclass(stored.method, LowRank) or stored.method.replaces_base:
         raise AdapterError(
-            f"{folder} is a {stored.method.__name__} adapter", allowed="low-rank ones, which stand beside frozen layers"
+            f"{folder} is a {stored.method.__name__} adapter",
+            allowed="low-rank ones, which stand beside frozen layers",
+            fix="PiSSA, LoftQ and QA-LoRA become such by: qlora-kit adapters convert",
         )
     other = next((key for key in stored.tensors if stored.method.layer_of(key) is None), None)
     if other:

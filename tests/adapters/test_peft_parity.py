@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapted_models import logits
+from adapted_models import assert_same_gradients, logits
 from tiny_models import save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -76,8 +76,11 @@ def test_ours_in_peft_and_back(tmp_path, case):
     assert (logits(ours) - before).abs().max() > 0.1
     save_adapter(ours, Lora(settings), tmp_path, "tiny")
 
-    theirs = peft.PeftModel.from_pretrained(tiny_model(arch, tie_word_embeddings=tie), str(tmp_path))
+    theirs = peft.PeftModel.from_pretrained(
+        tiny_model(arch, tie_word_embeddings=tie), str(tmp_path), is_trainable=True
+    ).eval()
     assert_same_logits(theirs, ours)
+    assert_same_gradients(ours, theirs)
     wrapped = {name for name, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert wrapped == {name for name, _ in adapted_layers(ours)}
 

@@ -9,11 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapted_models import randomize
+from adapted_models import assert_same_gradients, randomize
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model, tiny_ids, tiny_model
 from torch import nn
 
+from qlora_kit.adapter_tools.converting import convert
+from qlora_kit.adapter_tools.sources import open_source
 from qlora_kit.adapters.factors import best_factors
 from qlora_kit.adapters.inject import adapted_layers
 from qlora_kit.adapters.layer import AdaptedLinear
@@ -224,6 +226,17 @@ def test_peft_refuses_a_loftq_adapter(tmp_path: Path, base: BaseSource) -> None:
     save_adapter(ours, method, tmp_path, "tiny")
     with pytest.raises(ValueError, match="loftq_config"):
         peft.PeftModel.from_pretrained(tiny_model("qwen2"), str(tmp_path))
+
+
+def test_loftq_converted_is_pefts_lora_on_the_dequantized_base(tmp_path: Path, base: BaseSource) -> None:
+    ours, method = injected(whole(base, "nf4"), LOFTQ.model_copy(update={"iterations": 1}))
+    save_adapter(ours, method, tmp_path / "loftq", "tiny")
+    convert(open_source(tmp_path / "loftq"), tmp_path / "lora")
+    plain = load_base(base, "nf4", compute_dtype=torch.float32)
+    merge_adapter(plain)
+    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "lora"), is_trainable=True).eval()
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    assert_same_gradients(ours, theirs)
 
 
 def test_loftq_needs_a_quantized_base(base: BaseSource) -> None:

@@ -39,7 +39,10 @@ def test_every_verb_takes_an_attached_adapter(
     assert main(["eval", str(made), "--forms", "tuned"]) == 0
     assert main(["export", str(made), "--profiles", "fp32"]) == 0
     proof = json.loads((made / "bundles/fp32/manifest.json").read_text())
-    assert proof["verification"]["passed"] and proof["provenance"]["adapter"]["sha256"] == run.manifest()["adapter"]["sha256"]
+    assert (
+        proof["verification"]["passed"]
+        and proof["provenance"]["adapter"]["sha256"] == run.manifest()["adapter"]["sha256"]
+    )
     assert main(["train", "--resume", str(made), "--quiet"]) == 0  # finished: nothing is left to do
     assert main(["generate", str(made), "--chat", "a", "--max-new-tokens", "2"]) == 0
 

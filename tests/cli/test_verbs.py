@@ -185,6 +185,21 @@ def test_a_conversation_remembers(say, place: str, monkeypatch: pytest.MonkeyPat
     assert first in both and len(both) > len(first)
 
 
+def test_several_adapters_answer_and_are_switched(  # type: ignore[no-untyped-def]
+    say, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["adapters", "combine", str(trained_run), "--method", "cat", "--weights=0", "-o", str(tmp_path / "none")]
+    assert main(command) == 0
+    both = ("--adapter", f"tuned={trained_run}", "--adapter", str(tmp_path / "none"))
+    own, plain = (say("run", "--adapter", str(place), "--chat", "a film") for place in (trained_run, tmp_path / "none"))
+    assert own != plain and say("run", *both, "--chat", "a film") == f"tuned:\n{own}none:\n{plain}"
+    turns = "a film\n/adapter\n/adapter none\n/adapter tuned\nand why?\n\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(turns))
+    told = say("run", *both, "--chat")
+    assert told.startswith("tuned answers; /adapter NAME switches to another: tuned, none\n") and own.strip() in told
+    assert "no adapter of this name (got ''). Allowed: tuned, none" in told
+
+
 def test_off_a_terminal_no_bar_and_no_warning_of_a_library(trained_run: Path, tmp_path: Path) -> None:
     run = changed_copy(trained_run, tmp_path / "run")
     command = [sys.executable, "-m", "qlora_kit.cli", "export", str(run)]
