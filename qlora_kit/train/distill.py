@@ -21,8 +21,8 @@ Collate = Callable[[list[Encoded]], dict[str, Tensor]]
 class Teacher(Protocol):
     """Who knows better."""
 
-    def prepare(self, rows: Sequence[Encoded], collate: Collate) -> None:
-        """Called once before the first step, with all training rows."""
+    def prepare(self, rows: Sequence[Encoded], collate: Collate) -> str | None:
+        """Called once before the first step, with all training rows; returns what the user should know, if anything."""
 
     def says(self, batch: Mapping[str, Tensor], rows: list[Encoded]) -> Callable[[slice], TeacherSays]:
         """What it says of slices of a micro batch's loss tokens, in the order of rows and places."""
@@ -56,8 +56,9 @@ class OnlineTeacher:
     def __init__(self, model: PreTrainedModel, temperature: float, vocab: int) -> None:
         self.model, self.temperature, self.vocab = model, temperature, vocab
 
-    def prepare(self, rows: Sequence[Encoded], collate: Collate) -> None:
+    def prepare(self, rows: Sequence[Encoded], collate: Collate) -> str | None:
         """There is nothing to prepare."""
+        return None
 
     @torch.no_grad()
     def says(self, batch: Mapping[str, Tensor], rows: list[Encoded]) -> Callable[[slice], TeacherSays]:

@@ -42,7 +42,7 @@ from qlora_kit.train.memory_limit import MemoryLimit
 from qlora_kit.train.micro_batches import MicroBatches
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.peak import PeakWatch, use_allocator
-from qlora_kit.train.run_folder import RunFolder
+from qlora_kit.train.run_folder import RunFolder, is_first_process
 from qlora_kit.train.teacher import start_distillation
 
 
@@ -109,7 +109,9 @@ class Session:
         """Gets a teacher ready whose words are kept; the first process writes them, the others read."""
         if self.distillation is not None:
             with self.accelerator.main_process_first():
-                self.distillation.teacher.prepare(self.data.train, self.collate)
+                warning = self.distillation.teacher.prepare(self.data.train, self.collate)
+            if warning and is_first_process():
+                self.run.note(warning)
 
     def collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
         """The task's batch, on the training device."""

@@ -18,6 +18,8 @@ from qlora_kit.kernels.distill_loss import TeacherSays
 from qlora_kit.train.distill import Collate, OnlineTeacher
 
 ROWS_AT_ONCE = 8
+ENOUGH = 0.8
+"""Share of the teacher's probability; with less, the loss sees less than three quarters of what it differs by."""
 
 
 class CachedTeacher:
@@ -36,13 +38,23 @@ class CachedTeacher:
     ) -> None:
         self.path, self.load, self.top_k, self.marks, self.device = path, load, top_k, marks, device
 
-    def prepare(self, rows: Sequence[Encoded], collate: Collate) -> None:
-        """Asks the teacher, unless what it said to these rows is there already."""
+    def prepare(self, rows: Sequence[Encoded], collate: Collate) -> str | None:
+        """Asks the teacher, unless what it said to these rows is there already.
+
+        Returns: a warning where what is kept holds little of its probability.
+        """
         if not is_cached(self.path, self.marks):
             write_cache(self.path, self.load(), rows, collate, self.top_k, self.marks)
         self._file: Any = safe_open(self.path, framework="pt")
         places = self._file.get_tensor("places").tolist()
         self._places = {(source, row): slice(start, end) for source, row, start, end in places}
+        share = float(self._file.get_tensor("log_probs").float().exp().sum(1).mean())
+        if share >= ENOUGH:
+            return None
+        return (
+            f"the teacher's {self.top_k} likeliest tokens hold {share:.0%} of its probability, and the student learns "
+            "little of the rest: lower train.distill.temperature, or raise top_k"
+        )
 
     def says(self, batch: Mapping[str, Tensor], rows: list[Encoded]) -> Callable[[slice], TeacherSays]:
         spans = [self._places[row.source, row.row] for row in rows]

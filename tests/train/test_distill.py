@@ -98,6 +98,8 @@ def test_words_kept_on_disk_train_as_words_said_at_each_step(tmp_path: Path, mod
         assert file.get_slice("log_probs").get_shape() == file.get_slice("ids").get_shape()
         assert file.get_slice("ids").get_shape()[1] == 5
         assert json.loads(file.metadata()["settings"])["top_k"] == 5
+    told = [" ".join(run.manifest()["notes"]) for run in (kept, few)]
+    assert "likeliest tokens hold" not in told[0] and "5 likeliest tokens hold" in told[1]
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 8}], ids=["asked", "kept"])
