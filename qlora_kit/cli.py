@@ -127,10 +127,20 @@ def run_predict(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from qlora_kit.export.run import export_run
+    from qlora_kit.adapter_tools.sources import named_sources
+    from qlora_kit.export.run import EXPORT_TOOLS, export_run
+    from qlora_kit.export.swapped_bundle import export_swapped
+    from qlora_kit.train.records import tool_versions
     from qlora_kit.train.run_folder import RunFolder
 
-    export_run(RunFolder.open(options.run or last_run()), Console(stderr=True), options.profiles, options.onto)
+    run, console = RunFolder.open(options.run or last_run()), Console(stderr=True)
+    if options.adapters:
+        if options.profiles or options.onto:
+            raise QloraKitError("--adapters makes a bundle of its own: leave --profiles and --onto out")
+        folders = {name: source.folder for name, source in named_sources([run.path, *options.adapters]).items()}
+        export_swapped(run, folders, tool_versions(EXPORT_TOOLS), console)
+        return
+    export_run(run, console, options.profiles, options.onto)
 
 
 def run_generate(options: argparse.Namespace) -> int:

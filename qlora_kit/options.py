@@ -109,6 +109,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     parser.add_argument("--profiles", metavar="A,B", type=_names, help="instead of the recipe's, e.g. fp32,int8")
     parser.add_argument("--onto", choices=("dequantized", "original", "requantized"), help="instead of the recipe's")
+    words = "one bundle of the run's base with its adapter and these beside it, swapped at run time"
+    parser.add_argument("--adapters", metavar="[NAME=]RUN,...", type=_names, help=words)
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:

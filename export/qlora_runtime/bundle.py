@@ -1,5 +1,6 @@
 """An open bundle: logits, token streams, text and chats, on a CPU."""
 
+import copy
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event
@@ -20,7 +21,7 @@ from qlora_runtime.errors import (
 from qlora_runtime.manifest import GRAPH, TOKENIZER, check_files
 from qlora_runtime.padding import checked_ids, checked_mask
 from qlora_runtime.sampling import Sampler, Sampling
-from qlora_runtime.schema import Manifest, ModelInfo
+from qlora_runtime.schema import ADAPTER_FILE, ADAPTERS, Manifest, ModelInfo
 from qlora_runtime.strict_json import JsonObject, load_object
 from qlora_runtime.task import VERBS, Seq2SeqTask
 from qlora_runtime.tokenizer import TextTokenizer
@@ -77,6 +78,22 @@ class Bundle:
             tokenizer=TextTokenizer(directory / TOKENIZER, manifest.model.vocab_size),
             chat_template=load_chat_template(directory, load_object(directory / "tokenizer_config.json")),
         )
+
+    def with_adapter(self, name: str | None) -> "Bundle":
+        """This bundle with one of `manifest.adapters` beside its base (None: the base alone).
+
+        Raises:
+            ArgumentError: the bundle has no adapter of this name.
+            ModelLoadError: its file cannot be read.
+        """
+        known = self.manifest.adapters
+        if name is not None and name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none: its model is whole"
+            raise ArgumentError(f"{self.directory} has no adapter {name!r}; {has}.")
+        other = copy.copy(self)
+        file = self.directory / ADAPTERS / name / ADAPTER_FILE if name else None
+        other._decoder = self._decoder.with_adapter(file)
+        return other
 
     def logits(self, input_ids: npt.ArrayLike, attention_mask: npt.ArrayLike | None = None) -> FloatArray:
         """The logits after every token of every row: float32 [batch, seq, vocab].

@@ -196,6 +196,9 @@ def _verb(verbs: Any, name: str, run: Verb, about: str) -> argparse.ArgumentPars
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter", metavar="NAME", help="of a bundle with several (see info): put it beside the base"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens (default)")

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from qlora_runtime.bundle import Bundle
 from qlora_runtime.chat import Message
+from qlora_runtime.errors import ArgumentError
 from qlora_runtime.generate import TextStream, stream_text
 from qlora_runtime.generating import GeneratingBundle, open_generating
 from qlora_runtime.sampling import Sampling
@@ -34,7 +36,11 @@ def open_for_use(options: argparse.Namespace) -> GeneratingBundle:
     """The bundle, with a warning on stderr where it is not known to answer as the trained model."""
     bundle = open_generating(options.bundle, not options.no_hashes, options.threads)
     warn_unverified(bundle.manifest)
-    return bundle
+    if options.adapter is None:
+        return bundle
+    if not isinstance(bundle, Bundle):
+        raise ArgumentError("--adapter is for bundles of decoders; this one has an encoder too.")
+    return bundle.with_adapter(options.adapter)
 
 
 def warn_unverified(manifest: Manifest) -> None:

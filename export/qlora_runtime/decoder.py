@@ -4,6 +4,8 @@ The cache is one buffer per layer, as long as the whole answer can become. It is
 past and as its present, so that GroupQueryAttention writes each new token in place and copies nothing.
 """
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from qlora_runtime.errors import ModelLoadError
-from qlora_runtime.session import open_session
+from qlora_runtime.session import open_session, read_adapter
 from qlora_runtime.strict_json import JsonObject, is_count
 
 Int64Array = npt.NDArray[np.int64]
@@ -67,8 +69,24 @@ class Decoder:
             for layer in range(shape.layers)
             for part in ("key", "value")
         ]
+        self.adapter: Mapping[str, ort.OrtValue] = {}  # inputs that stand beside the frozen layers
         self._check_interface()
         self._cache_dtype = _CACHE_DTYPES[self.session.get_inputs()[-1].type]
+
+    def with_adapter(self, file: Path | None) -> "Decoder":
+        """The same loaded graph with an adapter's weights as inputs; with None it is the base alone.
+
+        Raises:
+            ModelLoadError: the file is no adapter, or one of another graph.
+        """
+        other = copy.copy(self)
+        other.adapter = {} if file is None else read_adapter(file)
+        inputs = {value.name for value in self.session.get_overridable_initializers()}
+        if odd := sorted(other.adapter.keys() - inputs):
+            raise ModelLoadError(
+                f"{file}: the graph has no input {odd[0]}: the adapter is of another bundle."
+            )
+        return other
 
     def empty_cache(self, batch: int, capacity: int) -> list[ort.OrtValue]:
         """Zeroed keys and values: 2 * layers tensors of [batch, kv_heads, capacity, head_dim]."""
@@ -87,6 +105,7 @@ class Decoder:
             "input_ids": ort.OrtValue.ortvalue_from_numpy(input_ids),
             "attention_mask": ort.OrtValue.ortvalue_from_numpy(attention_mask),
         } | {name: value for (name, _), value in zip(self.cache_names, past, strict=True)}
+        feeds |= self.adapter
         (logits,) = self.session.run_with_ort_values(["logits"], feeds)
         return np.asarray(logits.numpy(), dtype=np.float32)
 
@@ -132,6 +151,9 @@ class Decoding:
         for (past, present), value in zip(decoder.cache_names, self._cache, strict=True):
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)
+        self._adapter = decoder.adapter
+        for name, value in self._adapter.items():
+            self._binding.bind_ortvalue_input(name, value)
 
     def read(self, token_ids: Int64Array) -> FloatArray:
         """Read the next tokens ([seq], at least one) and return the logits after the last: [vocab] float32.

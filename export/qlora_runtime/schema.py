@@ -13,6 +13,8 @@ from qlora_runtime.task import TaskInfo, parse_task, task_to_json
 
 FORMAT = "qlora-bundle/1"
 MANIFEST = "manifest.json"
+ADAPTERS, ADAPTER_FILE = "adapters", "adapter.onnx_adapter"
+"""Where adapters lie that are swapped at run time: adapters/NAME/adapter.onnx_adapter."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -66,6 +68,14 @@ class Manifest:
     verification: Verification | None  # None: not verified yet
     tools: Mapping[str, str]
     task: TaskInfo | None = None  # None: a causal language model, which generates
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that can be put beside the base; none where the model is whole."""
+        paths = [PurePosixPath(path).parts for path in self.files]
+        return sorted(
+            parts[1] for parts in paths if len(parts) == 3 and parts[::2] == (ADAPTERS, ADAPTER_FILE)
+        )
 
     def to_json(self) -> JsonObject:
         """The object that `parse_manifest` reads back as this manifest."""

@@ -32,3 +32,16 @@ def open_session(graph: Path, threads: int | None) -> ort.InferenceSession:
     except _LOAD_ERRORS as error:
         reason = str(error).splitlines()[0]
         raise ModelLoadError(f"onnxruntime {ort.__version__} cannot load {graph}: {reason}") from error
+
+
+def read_adapter(file: Path) -> dict[str, ort.OrtValue]:
+    """The weights of an onnxruntime adapter file (.onnx_adapter), by the names of the graph's inputs.
+
+    Raises:
+        ModelLoadError: onnxruntime cannot read the file.
+    """
+    try:
+        return dict(ort.AdapterFormat.read_adapter(str(file)).get_parameters())
+    except (*_LOAD_ERRORS, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelLoadError(f"onnxruntime {ort.__version__} cannot read {file}: {reason}") from error

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
+from qlora_runtime.bundle import Bundle
 from qlora_runtime.decoder import FloatArray
 from qlora_runtime.errors import BundleError, ForeignFileError
 from qlora_runtime.generating import GeneratingBundle, open_generating
 from qlora_runtime.manifest import find_problems
 from qlora_runtime.reference import Reference, ReferencePrompt, Tolerance, read_reference
-from qlora_runtime.schema import read_manifest
+from qlora_runtime.schema import ADAPTERS, read_manifest
 from qlora_runtime.seq2seq import Seq2SeqBundle
 from qlora_runtime.task import Seq2SeqTask
 from qlora_runtime.task_bundle import TaskBundle
@@ -32,6 +33,16 @@ class Report(Verdict):
     greedy_tokens_compared: int = 0
     greedy_tokens_equal: int = 0
 
+    def add(self, adapter: str, other: "Report") -> None:
+        """Takes in what was found with an adapter beside the base."""
+        self.prompts += other.prompts
+        self.top1_agreement = _mean(self, other)
+        self.positions += other.positions
+        self.max_logit_difference = _largest(self.max_logit_difference, other.max_logit_difference)
+        self.greedy_tokens_compared += other.greedy_tokens_compared
+        self.greedy_tokens_equal += other.greedy_tokens_equal
+        self.reasons += [f"with adapter {adapter}: {reason}" for reason in other.reasons]
+
     def in_words(self) -> list[str]:
         """The measured numbers, line by line; none where nothing was run."""
         if self.max_logit_difference is None:
@@ -43,6 +54,19 @@ class Report(Verdict):
             f"same most probable token  {self.top1_agreement:.4%}",
             equal if self.greedy_tokens_compared else NO_GREEDY_TOKEN,
         ]
+
+
+def _mean(one: Report, other: Report) -> float | None:
+    """Share of positions of both with the same most probable token."""
+    if one.top1_agreement is None or other.top1_agreement is None:
+        return None
+    same = one.top1_agreement * one.positions + other.top1_agreement * other.positions
+    return same / (one.positions + other.positions)
+
+
+def _largest(one: float | None, other: float | None) -> float | None:
+    """The larger; np.maximum, unlike max, lets a NaN through."""
+    return None if one is None or other is None else float(np.maximum(one, other))
 
 
 @dataclass(frozen=True)
@@ -80,7 +104,12 @@ def verify(bundle: GeneratingBundle, check_hashes: bool = True) -> Report:
     """
     if check_hashes and (problems := list(find_problems(bundle.directory, bundle.manifest))):
         return Report(reasons=[str(problem) for problem in problems])
-    return compare(bundle, read_reference(bundle.directory))
+    report = compare(bundle, read_reference(bundle.directory))
+    if isinstance(bundle, Bundle):
+        for name in bundle.manifest.adapters:
+            reference = read_reference(bundle.directory / ADAPTERS / name)
+            report.add(name, compare(bundle.with_adapter(name), reference))
+    return report
 
 
 def compare(bundle: GeneratingBundle, reference: Reference) -> Report:

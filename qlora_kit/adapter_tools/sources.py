@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.model.source import sha256_file
 from qlora_kit.train.run_folder import RunFolder
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DEFAULTS: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": None,
@@ -63,6 +66,25 @@ def open_source(path: str | Path) -> Source:
     """
     folder = adapter_folder(Path(path))
     return Source(folder, read_adapter(folder), sha256_file(folder / WEIGHTS), run_of(folder))
+
+
+def named_sources(texts: Sequence[str | Path]) -> dict[str, Source]:
+    """Adapters of one base by name: runs or adapters' folders, called after themselves, or NAME=FOLDER.
+
+    Raises:
+        AdapterError: a name that is no file's name or is there twice, another base, or as `open_source`.
+    """
+    found: dict[str, Source] = {}
+    for text in texts:
+        called, _, place = ("", "", str(text)) if Path(text).exists() else str(text).rpartition("=")
+        name = called or Path(place).resolve().name
+        if name in found or not NAME.fullmatch(name):
+            raise AdapterError(
+                "name of an adapter", got=name, allowed="letters, digits, . _ -, once", fix="NAME=FOLDER"
+            )
+        found[name] = open_source(place)
+    check_same_base(list(found.values()))
+    return found
 
 
 def as_lora(source: Source) -> StoredAdapter:

@@ -112,8 +112,8 @@ def _prove(
     write_reference(bundle, Reference([row.shipped() for row in rows], profile.reference))
     about |= {
         "profile": profile.name,
-        "model": _model_info(bundle),
-        "provenance": Provenance(base, adapter, *_text_hashes(merged)),
+        "model": model_info(bundle),
+        "provenance": Provenance(base, adapter, *text_hashes(merged)),
     }
     write_manifest(bundle, verification=None, **about)
     distances, reasons = measure(Bundle.open(bundle), rows, profile)
@@ -126,7 +126,8 @@ def _prove(
     return distances, reasons
 
 
-def _model_info(folder: Path) -> ModelInfo:
+def model_info(folder: Path) -> ModelInfo:
+    """What the manifest says of the model whose graph lies in `folder`."""
     genai = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     eos = genai["eos_token_id"]
@@ -139,6 +140,7 @@ def _model_info(folder: Path) -> ModelInfo:
     )
 
 
-def _text_hashes(merged: Path) -> tuple[str, str | None]:
+def text_hashes(merged: Path) -> tuple[str, str | None]:
+    """sha256 of tokenizer and, where there is one, chat template."""
     template = merged / "chat_template.jinja"
     return sha256_file(merged / "tokenizer.json"), sha256_file(template) if template.exists() else None

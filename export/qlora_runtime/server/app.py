@@ -15,6 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from qlora_runtime.bundle import Bundle
 from qlora_runtime.errors import BundleError
 from qlora_runtime.generate import TextStream, stream_text
 from qlora_runtime.generating import GeneratingBundle
@@ -40,7 +41,7 @@ class Service:
     """A bundle, and who may ask it what.
 
     Attributes:
-        name: the model's id.
+        name: the model's id; with an adapter beside it, of a bundle that has some, it is NAME:ADAPTER.
         hosts: the Host headers that are answered, "*" for all: pages of other sites have no business here.
     """
 
@@ -50,10 +51,15 @@ class Service:
     api_key: str | None = None
     hosts: tuple[str, ...] = ("*",)
     engine: Engine = field(init=False)
+    _served: dict[str, GeneratingBundle | TaskBundle] = field(init=False)
 
     def app(self) -> Starlette:
         """The ASGI application."""
         self.engine = Engine(self.limits)
+        self._served = {self.name: self.bundle}
+        if isinstance(self.bundle, Bundle):
+            for adapter in self.bundle.manifest.adapters:
+                self._served[f"{self.name}:{adapter}"] = self.bundle.with_adapter(adapter)
         routes = [
             Route("/health", self.health),
             Route("/v1/models", self._keyed(self.models)),
@@ -88,28 +94,29 @@ class Service:
         return JSONResponse({"status": "ok", "running": engine.running, "waiting": engine.waiting})
 
     async def models(self, request: Request) -> Response:
-        """The one model, in a list."""
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        """The one model, in a list; of a bundle with adapters the base, and it with each of them."""
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in self._served]})
 
     async def model(self, request: Request) -> Response:
-        """The one model, by its id."""
-        self._check_model({"model": request.path_params["name"]})
-        return JSONResponse(self._card())
+        """A model, by its id."""
+        return JSONResponse(self._card(self._model({"model": request.path_params["name"]})))
 
     async def chat(self, request: Request) -> Response:
         """The next message of a chat."""
-        body = self._check_model(await read_body(request, self.limits))
-        return await self._generate(request, read_chat(body, self.limits.max_tokens), Reply(self.name, True))
+        body = await read_body(request, self.limits)
+        reply = Reply(self._model(body), True)
+        return await self._generate(request, read_chat(body, self.limits.max_tokens), reply)
 
     async def completion(self, request: Request) -> Response:
         """How a text goes on."""
-        body = self._check_model(await read_body(request, self.limits))
-        asked = read_completion(body, self.limits.max_tokens)
-        return await self._generate(request, asked, Reply(self.name, False))
+        body = await read_body(request, self.limits)
+        reply = Reply(self._model(body), False)
+        return await self._generate(request, read_completion(body, self.limits.max_tokens), reply)
 
     async def rows(self, request: Request) -> Response:
         """What a task's model says of texts."""
-        body = self._check_model(await read_body(request, self.limits))
+        body = await read_body(request, self.limits)
+        self._model(body)
         assert isinstance(self.bundle, TaskBundle)
         turn = await while_there(request, self.engine.turn())
         try:
@@ -124,7 +131,7 @@ class Service:
         turn = await while_there(request, self.engine.turn())
         handed_on = False
         try:
-            stream = await turn.run(lambda: self._begin(asked, turn))
+            stream = await turn.run(lambda: self._begin(asked, reply.model, turn))
             turn.at_end(stream.close)
             if asked.stream:
                 handed_on = True
@@ -137,19 +144,24 @@ class Service:
             if not handed_on:
                 turn.close()
 
-    def _begin(self, asked: Asked, turn: Turn) -> TextStream:
-        assert not isinstance(self.bundle, TaskBundle)
-        return stream_text(self.bundle, asked.prompt, asked.sampling, turn.cancelled)
+    def _begin(self, asked: Asked, name: str, turn: Turn) -> TextStream:
+        bundle = self._served[name]
+        assert not isinstance(bundle, TaskBundle)
+        return stream_text(bundle, asked.prompt, asked.sampling, turn.cancelled)
 
-    def _check_model(self, body: JsonObject) -> JsonObject:
-        """`body`, once its model is the one that is served; one that names none means it."""
-        if body.get("model") not in (None, self.name):
-            message = f"The model {body['model']!r} does not exist; this server has {self.name!r}."
+    def _model(self, body: JsonObject) -> str:
+        """The id of the model that a request names; one that names none means the bundle's own."""
+        name = body.get("model")
+        if name is None:
+            return self.name
+        if not isinstance(name, str) or name not in self._served:
+            has = ", ".join(map(repr, self._served))
+            message = f"The model {name!r} does not exist; this server has {has}."
             raise ApiError(404, message, "model_not_found", "model")
-        return body
+        return name
 
-    def _card(self) -> JsonObject:
-        return {"id": self.name, "object": "model", "created": 0, "owned_by": "qlora-kit"}
+    def _card(self, name: str) -> JsonObject:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "qlora-kit"}
 
     def _keyed(self, endpoint: Endpoint) -> Endpoint:
         async def checked(request: Request) -> Response:

@@ -1,0 +1,122 @@
+"""One base and several adapters beside it, swapped at run time: each is the model that was trained, to 1e-3."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai as og
+import pytest
+import torch
+from adapter_folders import adapter
+from qlora_runtime import Bundle
+from qlora_runtime.cli import main as runtime
+from qlora_runtime.errors import ArgumentError
+from tiny_models import save_tiny_model, tiny_ids
+from tiny_run import train, write_recipe
+
+from qlora_kit.cli import main
+from qlora_kit.model.load import to_reference
+from qlora_kit.train.restore import load_run_base, load_tuned
+from qlora_kit.train.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module", params=["nf4", "none", pytest.param("int4", marks=pytest.mark.slow)])
+def swapped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path]:
+    """(a run whose base and adapter are shipped with two adapters more, their folder)."""
+    folder = tmp_path_factory.mktemp(f"swapped-{request.param}")
+    recipe = write_recipe(folder, save_tiny_model(folder / "model"), base={"quant": request.param})
+    run = train(recipe)
+    base = RunFolder.open(run).recipe().base.model
+    adapter(folder / "small", 1, rank=2, target_modules=["q_proj", "down_proj"], base=base)
+    adapter(folder / "large", 2, rank=7, use_rslora=True, base=base)
+    given = f"{folder / 'small'},big={folder / 'large'}"
+    assert main(["export", str(run), "--adapters", given]) == 0
+    return RunFolder.open(run), folder
+
+
+def trained(run: RunFolder, place: Path | None) -> np.ndarray:
+    model: Any = load_run_base(run) if place is None else load_tuned(run, adapter=place)
+    with torch.no_grad():
+        found: np.ndarray = to_reference(model.eval())(tiny_ids()).logits.numpy()
+    return found
+
+
+def test_each_adapter_is_its_own_model_and_none_is_the_base(swapped: tuple[RunFolder, Path]) -> None:
+    run, folder = swapped
+    bundle = Bundle.open(run.bundles / "adapters")
+    assert bundle.manifest.adapters == ["big", "small", "tiny"]
+    places = {None: None, "small": folder / "small", "big": folder / "large", "tiny": run.adapter}
+    for name in (None, "small", "big", "tiny", None, "small"):  # one session, any order
+        found = bundle.with_adapter(name).logits(tiny_ids().numpy())
+        np.testing.assert_allclose(found, trained(run, places[name]), rtol=0, atol=1e-3)
+    assert np.abs(bundle.logits(tiny_ids().numpy()) - bundle.with_adapter("big").logits(tiny_ids().numpy())).max() > 0.1
+    proof = json.loads((run.bundles / "adapters/manifest.json").read_text())["verification"]
+    assert proof["passed"] and set(proof["distances"]["adapters"]) == {"big", "small", "tiny"}
+    assert all(found["max_logit"] < 1e-3 for found in proof["distances"]["adapters"].values())
+
+
+def test_the_runner_answers_and_verifies(
+    swapped: tuple[RunFolder, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = str(swapped[0].bundles / "adapters")
+    told = {}
+    for name in ("", "big", "small"):
+        capsys.readouterr()
+        more = ["--adapter", name] if name else []
+        assert runtime(["generate", place, "--prompt", "a film", "--max-new-tokens", "24", *more]) == 0
+        told[name] = capsys.readouterr().out
+    assert len(set(told.values())) == 3
+    with pytest.raises(ArgumentError, match="has no adapter 'none'; it has big, small, tiny"):
+        Bundle.open(place).with_adapter("none")
+    assert runtime(["verify", place]) == 0
+    weights = Path(place) / "adapters/small/adapter.onnx_adapter"
+    whole = weights.read_bytes()
+    weights.write_bytes((Path(place) / "adapters/big/adapter.onnx_adapter").read_bytes())
+    assert runtime(["verify", place]) == 1
+    assert "was cut, changed, or is a file of another bundle" in capsys.readouterr().out
+    weights.write_bytes(whole)
+
+
+def test_genai_takes_the_same_files(swapped: tuple[RunFolder, Path]) -> None:
+    run, _ = swapped
+    place, ids = run.bundles / "adapters", tiny_ids()[:1].numpy()
+    model = og.Model(str(place))
+    adapters = og.Adapters(model)
+    for name in ("small", "big"):
+        adapters.load(str(place / "adapters" / name / "adapter.onnx_adapter"), name)
+    bundle = Bundle.open(place)
+    for name in ("small", "big"):
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=ids.shape[1] + 4)
+        generator = og.Generator(model, params)
+        generator.set_active_adapter(adapters, name)
+        generator.append_tokens(ids)
+        ours = bundle.with_adapter(name).logits(ids)[0, -1]
+        np.testing.assert_allclose(generator.get_output("logits").reshape(-1)[-len(ours) :], ours, rtol=0, atol=1e-4)
+
+
+def test_what_cannot_be_swapped(
+    swapped: tuple[RunFolder, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, folder = swapped
+    base = run.recipe().base.model
+    for given, words in (
+        (adapter(tmp_path / "other", 1), "adapters of different bases"),
+        (adapter(tmp_path / "dora", 1, method="dora", base=base), "adapter dora scales rows"),
+        (
+            adapter(tmp_path / "table", 1, target_modules=["embed_tokens"], base=base),
+            "adapts model.embed_tokens",
+        ),
+        (adapter(tmp_path / "pissa", 1, method="pissa", base=base), "is a Pissa adapter"),
+        (f"tiny={folder / 'small'}", "name of an adapter (got 'tiny')"),
+        (f"a/b={folder / 'small'}", "name of an adapter (got 'a/b')"),
+        (tmp_path / "nowhere", "no folder"),
+    ):
+        capsys.readouterr()
+        assert main(["export", str(run.path), "--adapters", str(given)]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+    assert main(["export", str(run.path), "--adapters", str(folder / "small"), "--profiles", "fp32"]) == 2
+    assert not list(run.path.glob(".partial*"))
