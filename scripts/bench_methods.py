@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,8 @@ def _train(
         *more,
     ]
     folder = name.replace(", ", "-").replace(" ", "-").replace("+", "-plus")
-    return train_run(str(recipe), f"{folder}-seed{seed}", options.runs, overrides)
+    mark = zlib.crc32(json.dumps([adapter, overrides[len(data) :]]).encode())  # a run of other settings is another run
+    return train_run(str(recipe), f"{folder}-{mark:08x}-seed{seed}", options.runs, overrides)
 
 
 def _report(options: argparse.Namespace, results: dict[str, dict[str, dict[str, Any]]], env: dict[str, Any]) -> None:

@@ -11,9 +11,11 @@ import onnxruntime_genai as og
 import pytest
 import torch
 from adapter_folders import adapter
-from qlora_runtime import Bundle
+from qlora_runtime import Bundle, Sampling
 from qlora_runtime.cli import main as runtime
 from qlora_runtime.errors import ArgumentError
+from qlora_runtime.generate import generate
+from runtime.serving import COMPLETION, serving
 from tiny_models import save_tiny_model, tiny_ids
 from tiny_run import train, write_recipe
 
@@ -120,3 +122,16 @@ def test_what_cannot_be_swapped(
         assert words in " ".join(capsys.readouterr().err.split())
     assert main(["export", str(run.path), "--adapters", str(folder / "small"), "--profiles", "fp32"]) == 2
     assert not list(run.path.glob(".partial*"))
+
+
+def test_the_server_has_a_model_for_each(swapped: tuple[RunFolder, Path]) -> None:
+    place = swapped[0].bundles / "adapters"
+    with serving(place, "--name", "base") as server:
+        names = [model["id"] for model in server.ask("/v1/models").json()["data"]]
+        assert names == ["base", "base:big", "base:small", "base:tiny"]
+        for name, adapter_name in (("base:big", "big"), ("base", None), ("base:small", "small"), ("base:big", "big")):
+            expected = generate(Bundle.open(place).with_adapter(adapter_name), "a film", Sampling(max_new_tokens=24))
+            answer = server.ask(COMPLETION, {"model": name, "prompt": "a film", "max_tokens": 24}).json()
+            assert (answer["model"], answer["choices"][0]["text"]) == (name, expected.text)
+        refused = server.ask(COMPLETION, {"model": "base:other", "prompt": "a film"})
+        assert refused.status == 404 and "'base', 'base:big', 'base:small', 'base:tiny'" in refused.error["message"]
