@@ -88,6 +88,7 @@ def print_info(manifest: Manifest, as_json: bool) -> None:
         "files": f"{len(manifest.files)}, {size_bytes / 2**20:.1f} MiB",
         "base": _one_line(manifest.provenance.base),
         "adapter": _one_line(manifest.provenance.adapter),
+        "adapters": ", ".join(manifest.adapters) or "none to swap",
         "verification": _state(manifest.verification),
         "tools": _one_line(manifest.tools),
     }
