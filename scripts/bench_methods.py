@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {  # the recipe's adapte
     "lora": (LORA, []),
     "lora, rank 4": ({"rank": 4, "alpha": 8}, []),
     "lora, rank 4 to 16": ({"rank": 4, "alpha": 8, "growth": [{"at": 0.5, "rank": 16}]}, []),
+    "lora, rank 4 to 16 early": ({"rank": 4, "alpha": 8, "growth": [{"at": 0.15, "rank": 16}]}, []),
     "lora, 16 bit": (LORA, ["base.quant=none"]),
     "rslora": ({**LORA, "use_rslora": True}, []),  # scales by 8 where lora scales by 2
     "lora+": ({**LORA, "lr_ratio": 16.0}, ["train.lr=1e-4"]),
