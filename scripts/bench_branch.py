@@ -1,9 +1,10 @@
-"""What does an adapter beside int4 codes cost an answer? Bundles of the profile int4_exact, with it and without.
+"""What does an adapter beside frozen layers cost an answer? Bundles of the profiles int4_exact, nf4 and adapters.
 
     python scripts/bench_branch.py BUNDLE [BUNDLE ...] [--threads 2] [--repeats 100]
 
 Each bundle's graph and the same graph without the adapter's branches answer one token after `--past` others, in turns,
-in one process. Writes benchmarks/branch.json and .md.
+in one process; of a bundle with adapters to swap the base alone, and each adapter. Writes benchmarks/branch.json and
+.md.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import onnx
 import onnxruntime as ort
 from bench_runs import RESULTS, hardware_line, this_machine, write
 from qlora_runtime import read_manifest
+from qlora_runtime.schema import ADAPTER_FILE, ADAPTERS
+from qlora_runtime.session import read_adapter
 
 FROZEN = "/frozen"
 
@@ -32,11 +35,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are written")
     options = parser.parse_args()
-    found = {str(bundle.resolve().parent.parent.name): _compare(bundle, options) for bundle in options.bundles}
+    found = {}
+    for bundle in options.bundles:
+        run, adapters = bundle.resolve().parent.parent.name, read_manifest(bundle).adapters
+        if not adapters:
+            found[run] = _compare(bundle, {}, options)
+            continue
+        found[f"{run}, no adapter"] = _compare(bundle, {}, options)
+        for name in adapters:
+            weights = read_adapter(bundle / ADAPTERS / name / ADAPTER_FILE)
+            inputs = {key: value.numpy() for key, value in weights.items()}
+            found[f"{run}, adapter {name}"] = _compare(bundle, inputs, options)
     _report(options, found)
 
 
-def _compare(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
+def _compare(bundle: Path, adapter: dict[str, np.ndarray], options: argparse.Namespace) -> dict[str, Any]:
+    """`adapter`: inputs of the graph with branches."""
     graph = bundle / "onnx" / "model.onnx"
     with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:
         plain = Path(folder) / graph.name
@@ -44,6 +58,7 @@ def _compare(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
         branches = _without_branches(graph, plain)
         sessions = [_session(path, options.threads) for path in (plain, graph)]
         feeds = [_feed(session, options.past) for session in sessions]
+        feeds[1] |= adapter
         spent: list[list[float]] = [[], []]
         for turn in range(options.repeats):
             for which in (0, 1) if turn % 2 else (1, 0):
@@ -70,6 +85,10 @@ def _without_branches(graph: Path, plain: Path) -> int:
     model.graph.node.extend(kept)
     used = {name for node in kept for name in node.input}
     tensors = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    inputs = [value for value in model.graph.input if "lora_" not in value.name]
+    kept_inputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in inputs]
+    del model.graph.input[:]
+    model.graph.input.extend(kept_inputs)
     held = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in tensors]
     del model.graph.initializer[:]
     model.graph.initializer.extend(held)
@@ -97,17 +116,19 @@ def _report(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> No
         plain, adapted = np.array(of["plain_s"]), np.array(of["adapted_s"])
         low, middle, high = np.percentile(plain / adapted, [25, 50, 75])
         rows.append(
-            f"| {name} | {of['branches']} | {1e3 * np.median(plain):.2f} | {1e3 * np.median(adapted):.2f} "
+            f"| {name} | {of['profile']} | {of['branches']} "
+            f"| {1e3 * np.median(plain):.2f} | {1e3 * np.median(adapted):.2f} "
             f"| {middle:.3f} ({low:.3f} to {high:.3f}) | {plain.min() / adapted.min():.3f} |"
         )
     environment = this_machine()
     environment["machine"]["threads"] = options.threads
     table = (
-        "# An adapter beside int4 codes: what it costs an answer\n\n"
+        "# An adapter beside frozen layers: what it costs an answer\n\n"
         f"One token after {options.past}, with and without the adapter's branches, {options.repeats} pairs in turns. "
         "Speed is that of the graph with\nthem over that without: the median pair and the middle half of pairs, and "
         "the fastest of each.\n\n"
-        "| run | branches | without, ms | with, ms | speed | of the fastest |\n|---|---|---|---|---|---|\n"
+        "| run | profile | branches | without, ms | with, ms | speed | of the fastest |\n"
+        "|---|---|---|---|---|---|---|\n"
         + "\n".join(rows)
         + f"\n\n`python scripts/bench_branch.py BUNDLE ... --repeats {options.repeats}` on {hardware_line(environment)}"
     )
