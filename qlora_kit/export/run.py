@@ -138,7 +138,7 @@ def _merge(
     translates = task.settings.type == "seq2seq"
     info = None if generates or translates else bundled_task(task, recipe.data, model)
     if generates:
-        _set_end_tokens(model, tokenizer)
+        set_end_tokens(model, tokenizer)
     data = prepare(recipe.data, tokenizer, recipe.run.seed, task)
     chosen = proof_rows(data, recipe.export.verify_prompts)
     require_room(run, needed_bytes(model, names, chosen if generates else []), console)
@@ -210,7 +210,7 @@ def _scratch_folder(run: RunFolder) -> Path:
     return run.path / ".partial-reference"
 
 
-def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """The merged model stops where the tokenizer's template ends a turn, whoever runs it."""
     ends = stop_token_ids(tokenizer)
     single = ends[0] if len(ends) == 1 else ends

@@ -18,11 +18,13 @@ from qlora_kit.adapters.switch import AdapterSet
 from qlora_kit.data.dataset import prepare
 from qlora_kit.errors import ExportError
 from qlora_kit.export.bundle import model_info, published, text_hashes
-from qlora_kit.export.codes import coded_layers
+from qlora_kit.export.codes import coded_layers, same_codes
+from qlora_kit.export.disk import needed_bytes, require_room
 from qlora_kit.export.graph import GRAPH, build_graph
 from qlora_kit.export.merge import merge_adapter, save_merged
 from qlora_kit.export.reference import ReferenceRow
 from qlora_kit.export.rows import proof_rows, reference_rows
+from qlora_kit.export.run import set_end_tokens
 from qlora_kit.export.swapped import open_inputs, side_branches, swapped_forms, write_adapter_file
 from qlora_kit.export.verify import PROFILES, Distances, Profile, measure, tolerance_of
 from qlora_kit.model.load import to_reference
@@ -63,7 +65,10 @@ def export_swapped(run: RunFolder, folders: dict[str, Path], tools: dict[str, st
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
             model = to_reference(load_run_base(run).eval())
+            set_end_tokens(model, tokenizer)
             chosen = proof_rows(prepare(recipe.data, tokenizer, recipe.run.seed), recipe.export.verify_prompts)
+            said = chosen * (len(folders) + 1)
+            require_room(run, needed_bytes(model, ["fp32"], said), console)
             swaps = _swaps(model, folders, lambda name: reference_rows(model, tokenizer, chosen, scratch / name))
             base_rows = reference_rows(model, tokenizer, chosen, scratch / "base")
             coded, merged = coded_layers(model), scratch / "merged"
@@ -77,7 +82,10 @@ def export_swapped(run: RunFolder, folders: dict[str, Path], tools: dict[str, st
                 profile = PROFILES["nf4" if coded else "fp32"]
                 for name, swap in swaps.items():
                     write_adapter_file(folder / ADAPTERS / name / ADAPTER_FILE, swap.branches, places)
-                return _prove(folder, merged, profile, base_rows, swaps, run.manifest()["base"], tools)
+                found, reasons = _prove(folder, merged, profile, base_rows, swaps, run.manifest()["base"], tools)
+                if coded and same_codes(folder / GRAPH, coded) is None:
+                    reasons.append("its codes are not the training base's.")
+                return found, reasons
 
             for name, found in published(run.bundles / PROFILE, PROFILE, build).items():
                 console.print(f"{run.bundles / PROFILE}, {name}: verified on {found.in_words()}", highlight=False)

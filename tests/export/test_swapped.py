@@ -20,8 +20,9 @@ from tiny_models import save_tiny_model, tiny_ids
 from tiny_run import train, write_recipe
 
 from qlora_kit.cli import main
+from qlora_kit.data.template import stop_token_ids
 from qlora_kit.model.load import to_reference
-from qlora_kit.train.restore import load_run_base, load_tuned
+from qlora_kit.train.restore import load_run_base, load_run_tokenizer, load_tuned
 from qlora_kit.train.run_folder import RunFolder
 
 
@@ -50,6 +51,7 @@ def test_each_adapter_is_its_own_model_and_none_is_the_base(swapped: tuple[RunFo
     run, folder = swapped
     bundle = Bundle.open(run.bundles / "adapters")
     assert bundle.manifest.adapters == ["big", "small", "tiny"]
+    assert bundle.manifest.model.eos_token_ids == tuple(stop_token_ids(load_run_tokenizer(run)))
     places = {None: None, "small": folder / "small", "big": folder / "large", "tiny": run.adapter}
     for name in (None, "small", "big", "tiny", None, "small"):  # one session, any order
         found = bundle.with_adapter(name).logits(tiny_ids().numpy())
