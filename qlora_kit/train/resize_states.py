@@ -15,9 +15,10 @@ BNB_BLOCK = 256  # values of a bitsandbytes 8-bit state that share a scale
 SECOND_MOMENTS = ("exp_avg_sq", "state2")  # torch's name, bitsandbytes'
 
 
-def resized(values: Tensor, shape: torch.Size, fill: float = 0.0) -> Tensor:
-    """`values` cut, or filled up with `fill`, at the end of each dimension."""
-    whole = values.new_full(shape, fill)
+def resized(values: Tensor, shape: torch.Size, fill: Tensor | float = 0.0) -> Tensor:
+    """`values` cut, or filled up with `fill` (of a shape that broadcasts to `shape`), at the end of each dimension."""
+    whole = values.new_empty(shape)
+    whole[...] = fill
     shared = tuple(slice(min(sizes)) for sizes in zip(values.shape, shape, strict=True))
     whole[shared] = values[shared]
     return whole
@@ -49,4 +50,12 @@ def resized_states(state: dict[str, Any], old: torch.Size, shape: torch.Size) ->
 
 
 def _moment(name: str, values: Tensor, shape: torch.Size) -> Tensor:
-    return resized(values, shape, float(values.double().mean()) if name in SECOND_MOMENTS else 0.0)
+    """A second moment's new part begins at the mean over the old ranks, input by input and output by output.
+
+    Gradients of these differ by orders of magnitude: one mean of all would leave most of the new part at rest.
+    """
+    if name not in SECOND_MOMENTS:
+        return resized(values, shape)
+    grown = [dim for dim, (old, new) in enumerate(zip(values.shape, shape, strict=True)) if new > old]
+    fill = values.double().mean(grown, keepdim=True).to(values.dtype) if grown else 0.0
+    return resized(values, shape, fill)
