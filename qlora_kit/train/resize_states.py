@@ -1,6 +1,6 @@
 """Optimizer states of a weight that takes another shape: what old and new share is kept.
 
-New first moments start at zero, new second moments at the mean of the old ones: the step count goes on, so that
+New first moments start at zero, new second moments at the mean over the old ranks: the step count goes on, so that
 nothing corrects a second moment that starts at zero, and its weights would move too far for hundreds of steps.
 """
 

@@ -87,7 +87,8 @@ def test_optimizer_states_come_along(tmp_path: Path, source_run: Path, rank: int
         shared = tuple(slice(size) for size in old.shape)
         assert torch.equal(new[shared], old)
         if name.endswith("exp_avg_sq"):
-            assert new.sum() == pytest.approx(float(old.mean()) * new.numel())  # new ones begin at the mean
+            grown = 0 if "lora_A" in name else 1  # new ones begin at the mean of the old ranks
+            torch.testing.assert_close(new.mean(grown), old.mean(grown), rtol=1e-5, atol=0)
         else:
             assert new.count_nonzero() == old.count_nonzero()
 

@@ -104,8 +104,9 @@ def test_what_was_learned_keeps_its_states(dtype: torch.dtype, kind: str) -> Non
     assert again.state()[0].keys() == tensors.keys()
 
 
-def test_new_weights_move_no_further_than_old_ones() -> None:
-    """The step count goes on: were their second moments to start at zero, they would move up to four times as far."""
+def test_new_weights_move_as_far_as_old_ones_of_their_output() -> None:
+    """The step count goes on: were their second moments to start at zero, they would move up to four times as far. Were
+    they to start at one mean of all, those of outputs with small gradients would hardly move."""
     torch.manual_seed(0)
     make = optimizer_maker("adamw", (0.9, 0.999), 1e-8, 0.0, torch.device("cpu"))[0]
     optimizer = AdapterOptimizer({"b": nn.Parameter(torch.zeros(50, 4))}, make)
@@ -117,12 +118,13 @@ def test_new_weights_move_no_further_than_old_ones() -> None:
             )
         weight = optimizer.parameters["b"]
         before = weight.detach().clone()
-        weight.grad = torch.randn(weight.shape)
+        weight.grad = torch.randn(weight.shape) * torch.logspace(-3, 0, 50)[:, None]
         optimizer.step()
         moved = (weight.detach() - before).abs() / 1e-3
         if step >= 300:
             assert moved[:, 4:].mean() < 1.3 * moved[:, :4].mean()
-    assert moved[:, 4:].mean() > 0.7 * moved[:, :4].mean()
+            assert moved[:10, 4:].mean() > 0.1 * moved[:10, :4].mean()
+    assert moved[:10, 4:].mean() > 0.7 * moved[:10, :4].mean()
 
 
 def test_a_growth_after_the_last_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +157,7 @@ def test_eight_bit_states_are_carried_within_their_rounding() -> None:
         assert new.shape == (90, 69)
         assert (new[:, :60] - old).abs().max() < 0.03 * old.abs().max()
     assert after[0][:, 60:].abs().max() < 1e-4 * before[0].abs().max()
-    torch.testing.assert_close(after[1][:, 60:], before[1].mean().expand(90, 9), rtol=0.1, atol=0)
+    torch.testing.assert_close(after[1][:, 60:], before[1].mean(1, keepdim=True).expand(90, 9), rtol=0.15, atol=0)
     optimizer.parameters["b"].grad = torch.randn(90, 69)
     optimizer.step()
     assert torch.isfinite(optimizer.parameters["b"]).all()
