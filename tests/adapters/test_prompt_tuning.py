@@ -22,7 +22,7 @@ from qlora_kit.adapters.prompt_tuning import PARAMETER, PromptTuning, virtual_to
 from qlora_kit.adapters.settings import PromptTuningSettings
 from qlora_kit.cli import main
 from qlora_kit.errors import AdapterError
-from qlora_kit.export.reference import answer
+from qlora_kit.export.reference import Question, reference_answers
 from qlora_kit.generate import context_length, generate_ids
 from qlora_kit.tasks.loss import token_losses
 
@@ -178,7 +178,7 @@ def test_logits_to_keep_counts_the_callers_tokens(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_greedy_with_a_cache_is_greedy_without(arch: str) -> None:
+def test_greedy_with_a_cache_is_greedy_without(tmp_path: Path, arch: str) -> None:
     model, _ = tuned(arch)
     tokenizer, prompt = tiny_tokenizer(), tiny_ids(rows=1)[0].tolist()
     slow = list(prompt)
@@ -187,8 +187,8 @@ def test_greedy_with_a_cache_is_greedy_without(arch: str) -> None:
             slow.append(int(model(torch.tensor([slow])).logits[0, -1].argmax()))
     fast = generate_ids(model, tokenizer, prompt, max_new_tokens=9)
     assert fast == slow[len(prompt) :][: len(fast)] and (len(fast) == 9 or fast[-1] == tokenizer.eos_token_id)
-    by_hand = answer(model, slow, slow, len(prompt)).greedy_ids
-    assert by_hand[: len(fast)] == fast
+    (by_hand,) = reference_answers(model, tokenizer, [Question(slow, slow, len(prompt))], tmp_path)
+    assert by_hand.greedy_ids[: len(fast)] == fast
 
 
 def test_left_padded_batches_generate_as_single_rows() -> None:
