@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,21 @@ from qlora_kit.adapters.switch import AdapterSet
 from qlora_kit.data.dataset import prepare
 from qlora_kit.errors import ExportError
 from qlora_kit.export.bundle import model_info, published, text_hashes
-from qlora_kit.export.codes import coded_layers, same_codes
+from qlora_kit.export.codes import CodedLayer, coded_layers, same_codes
 from qlora_kit.export.disk import needed_bytes, require_room
 from qlora_kit.export.graph import GRAPH, build_graph
 from qlora_kit.export.merge import merge_adapter, save_merged
 from qlora_kit.export.reference import ReferenceRow
 from qlora_kit.export.rows import proof_rows, reference_rows
 from qlora_kit.export.run import set_end_tokens
-from qlora_kit.export.swapped import open_inputs, side_branches, swapped_forms, write_adapter_file
-from qlora_kit.export.verify import PROFILES, Distances, Profile, measure, tolerance_of
+from qlora_kit.export.swapped import Places, open_inputs, side_branches, swapped_forms, write_adapter_file
+from qlora_kit.export.verify import PROFILES, Distances, measure, tolerance_of
 from qlora_kit.model.load import to_reference
 from qlora_kit.model.source import sha256_file
 from qlora_kit.train.restore import load_run_base, load_run_tokenizer
 from qlora_kit.train.run_folder import RunFolder
 
-PROFILE = "adapters"
+PROFILE, ALONE = "adapters", "no adapter"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def export_swapped(run: RunFolder, folders: dict[str, Path], tools: dict[str, st
 
     Raises:
         AdapterError: an adapter does not fit the base, or cannot stand beside others.
-        ExportError: an adapter that is no low-rank product of linear layers, or a task that does not generate.
+        ExportError: an adapter of layers that are not linear, or a task that does not generate.
         VerificationError: with one of the adapters, or without, the bundle is past its tolerance.
     """
     recipe, tokenizer, scratch = run.recipe(), load_run_tokenizer(run), run.path / ".partial-swapped"
@@ -75,17 +75,18 @@ def export_swapped(run: RunFolder, folders: dict[str, Path], tools: dict[str, st
             save_merged(model, tokenizer, merged, lambda hold: merge_adapter(model, hold))
 
             def build(folder: Path) -> tuple[dict[str, Distances], list[str]]:
-                places: dict[str, Any] = {}
-                adapted = {layer for swap in swaps.values() for layer in swap.branches}
-                build_graph(merged, folder, swapped_forms(coded, adapted, places))
-                open_inputs(folder / GRAPH)
-                profile = PROFILES["nf4" if coded else "fp32"]
+                places: Places = {}
+                build_graph(merged, folder, swapped_forms(coded, _adapted(swaps), places))
+                open_inputs(folder / GRAPH, places)
                 for name, swap in swaps.items():
                     write_adapter_file(folder / ADAPTERS / name / ADAPTER_FILE, swap.branches, places)
-                found, reasons = _prove(folder, merged, profile, base_rows, swaps, run.manifest()["base"], tools)
-                if coded and same_codes(folder / GRAPH, coded) is None:
-                    reasons.append("its codes are not the training base's.")
-                return found, reasons
+                about = {
+                    "profile": PROFILE,
+                    "model": model_info(folder),
+                    "provenance": Provenance(run.manifest()["base"], None, *text_hashes(merged)),
+                    "tools": tools,
+                }
+                return _prove(folder, base_rows, swaps, coded, about)
 
             for name, found in published(run.bundles / PROFILE, PROFILE, build).items():
                 console.print(f"{run.bundles / PROFILE}, {name}: verified on {found.in_words()}", highlight=False)
@@ -103,38 +104,44 @@ def _swaps(model: PreTrainedModel, folders: dict[str, Path], ask: Any) -> dict[s
     return found
 
 
+def _adapted(swaps: dict[str, Swap]) -> dict[str, bool]:
+    """Layers that an adapter adapts, and whether one scales their rows."""
+    found: dict[str, bool] = {}
+    for swap in swaps.values():
+        for layer, branch in swap.branches.items():
+            found[layer] = found.get(layer, False) or branch.row_scale is not None
+    return found
+
+
 def _prove(
     folder: Path,
-    merged: Path,
-    profile: Profile,
     base_rows: list[ReferenceRow],
     swaps: dict[str, Swap],
-    base: Any,
-    tools: dict[str, str],
+    coded: dict[str, CodedLayer],
+    about: dict[str, Any],
 ) -> tuple[dict[str, Distances], list[str]]:
     """Writes references and manifest, and measures the base alone and with each adapter."""
+    profile = PROFILES["nf4" if coded else "fp32"]
     write_reference(folder, Reference([row.shipped() for row in base_rows], profile.reference))
     for name, swap in swaps.items():
         reference = Reference([row.shipped() for row in swap.rows], profile.reference)
         write_reference(folder / ADAPTERS / name, reference)
-    about: dict[str, Any] = {
-        "profile": PROFILE,
-        "model": model_info(folder),
-        "provenance": Provenance(base, None, *text_hashes(merged)),
-        "tools": tools,
-    }
     write_manifest(folder, verification=None, **about)
-    bundle, found, reasons = Bundle.open(folder), {}, []
-    for name, rows in {"no adapter": base_rows, **{name: swap.rows for name, swap in swaps.items()}}.items():
-        used = bundle.with_adapter(name if name in swaps else None)
-        found[name], past = measure(used, rows, profile)
+    bundle = Bundle.open(folder)
+    alone, reasons = measure(bundle, base_rows, profile)
+    if coded:
+        alone = replace(alone, identical_codes=same_codes(folder / GRAPH, coded))
+        if alone.identical_codes is None:
+            reasons.append("its codes are not the training base's.")
+    found = {ALONE: alone}
+    for name, swap in swaps.items():
+        found[name], past = measure(bundle.with_adapter(name), swap.rows, profile)
         reasons += [f"{name}: {reason}" for reason in past]
-    distances = {
-        **found["no adapter"].to_json(),
+    distances = alone.to_json() | {
         "adapters": {
             name: {**found[name].to_json(), "sha256": sha256_file(swap.folder / "adapter_model.safetensors")}
             for name, swap in swaps.items()
-        },
+        }
     }
     write_manifest(folder, verification=Verification(not reasons, tolerance_of(profile), distances), **about)
     return found, reasons
