@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -27,25 +28,37 @@ from qlora_kit.export.side_branch import branch_nodes, stacked
 
 A, B, SCALE = ".lora_A", ".lora_B", ".row_scale"
 
+OPERATOR_FLOATS = 8192
+"""About as many float32 are read in the time that an operator takes at one token, 2 to 3 µs."""
+SAVED_OPERATORS = 4
+"""A layer's product and its branch, which a layer before it does too."""
+
 Places = dict[str, tuple[Rows, ...]]
 """What the names of a product's inputs begin with, to the rows of layers that it computes."""
+
+
+class Adapted(NamedTuple):
+    """What the adapters of a bundle do to a layer: the highest of their ranks, and whether one scales its rows."""
+
+    rank: int
+    scaled: bool
 
 
 class Swapped:
     """A layer in another form, with inputs for an adapter beside it; layers of one product have one A and one B.
 
     Attributes:
-        adapted: layers that an adapter adapts, and whether one scales their rows.
+        adapted: layers that an adapter adapts, by name.
         places: of the products that were written.
     """
 
-    def __init__(self, form: Form, adapted: Mapping[str, bool], places: Places) -> None:
+    def __init__(self, form: Form, adapted: Mapping[str, Adapted], places: Places) -> None:
         self.form, self.adapted, self.places = form, adapted, places
 
     def write(self, linear: Linear, weights: MergedWeights, data: DataFile) -> list[onnx.NodeProto]:
         """y = row_scale · (x Wᵀ + (x Aᵀ) Bᵀ); W alone where no adapter adapts the layer."""
         made = self.form.write(linear, weights, data)
-        scaled = [self.adapted[rows.layer] for rows in linear.rows if rows.layer in self.adapted]
+        scaled = [self.adapted[rows.layer].scaled for rows in linear.rows if rows.layer in self.adapted]
         if not scaled:
             return made
         self.places[linear.prefix] = linear.rows
@@ -59,10 +72,11 @@ class Swapped:
         return [*nodes, *branch_nodes(linear, frozen, nothing, data)]
 
 
-def swapped_forms(coded: Mapping[str, CodedLayer], adapted: Mapping[str, bool], places: Places) -> Forms:
+def swapped_forms(coded: Mapping[str, CodedLayer], adapted: Mapping[str, Adapted], places: Places) -> Forms:
     """The training base's codes where there are any, else the weights in fp32, with inputs beside `adapted` layers.
 
-    Layers of one input are one product, for a third of the operators beside them; MatMulBnb4's codes stay apart.
+    Layers of one input are one product where that saves time: it saves operators, but B then holds zeros to be read.
+    MatMulBnb4's codes stay apart.
     """
     codes = Coded({name: CodedLayer(layer.base, None) for name, layer in coded.items()})
 
@@ -70,9 +84,13 @@ def swapped_forms(coded: Mapping[str, CodedLayer], adapted: Mapping[str, bool], 
         return {linear.layer: Swapped(codes, adapted, places) for linear in linears if codes.all_of([linear])}
 
     def packs(linears: list[Linear]) -> bool:
-        layers = [coded.get(rows.layer) for linear in linears for rows in linear.rows]
-        quants = {layer.base.quant if layer else None for layer in layers}
-        return quants in ({None}, {"int4"})
+        parts = [rows for linear in linears for rows in linear.rows]
+        layers = [coded.get(rows.layer) for rows in parts]
+        ranks = [adapted[rows.layer].rank if rows.layer in adapted else 0 for rows in parts]
+        outputs = [rows.count for rows in parts]
+        zeros = sum(ranks) * sum(outputs) - sum(rank * count for rank, count in zip(ranks, outputs, strict=True))
+        saves = zeros <= (len(parts) - 1) * SAVED_OPERATORS * OPERATOR_FLOATS
+        return saves and {layer.base.quant if layer else None for layer in layers} in ({None}, {"int4"})
 
     return Forms(Swapped(Float(), adapted, places), choose, packs=packs, packs_all=True, shares_head=True)
 

@@ -25,7 +25,7 @@ from qlora_kit.export.merge import merge_adapter, save_merged
 from qlora_kit.export.reference import ReferenceRow
 from qlora_kit.export.rows import proof_rows, reference_rows
 from qlora_kit.export.run import set_end_tokens
-from qlora_kit.export.swapped import Places, open_inputs, side_branches, swapped_forms, write_adapter_file
+from qlora_kit.export.swapped import Adapted, Places, open_inputs, side_branches, swapped_forms, write_adapter_file
 from qlora_kit.export.verify import PROFILES, Distances, measure, tolerance_of
 from qlora_kit.model.load import to_reference
 from qlora_kit.model.source import sha256_file
@@ -104,12 +104,12 @@ def _swaps(model: PreTrainedModel, folders: dict[str, Path], ask: Any) -> dict[s
     return found
 
 
-def _adapted(swaps: dict[str, Swap]) -> dict[str, bool]:
-    """Layers that an adapter adapts, and whether one scales their rows."""
-    found: dict[str, bool] = {}
+def _adapted(swaps: dict[str, Swap]) -> dict[str, Adapted]:
+    found: dict[str, Adapted] = {}
     for swap in swaps.values():
         for layer, branch in swap.branches.items():
-            found[layer] = found.get(layer, False) or branch.row_scale is not None
+            rank, scaled = found.get(layer, (0, False))
+            found[layer] = Adapted(max(rank, len(branch.a)), scaled or branch.row_scale is not None)
     return found
 
 

@@ -22,6 +22,9 @@ from tiny_run import train, write_recipe
 
 from qlora_kit.cli import main
 from qlora_kit.data.template import stop_token_ids
+from qlora_kit.export.linear import Linear
+from qlora_kit.export.parameters import Rows
+from qlora_kit.export.swapped import Adapted, swapped_forms
 from qlora_kit.model.load import to_reference
 from qlora_kit.model.quantized import QuantizedLinear
 from qlora_kit.train.restore import load_run_base, load_run_tokenizer, load_tuned
@@ -79,6 +82,18 @@ def test_layers_of_one_input_have_one_branch(swapped: tuple[RunFolder, Path]) ->
     assert len(inputs) == layers * (7 if run.recipe().base.quant == "nf4" else 4)  # qkv, o, gate and up, down
     scaled = [value.name for value in graph.input if value.name.endswith(".row_scale")]
     assert len(scaled) == layers * 3  # only where DoRA is
+
+
+def test_layers_share_a_branch_where_that_saves_more_than_its_zeros_cost() -> None:
+    def packs(rank: int, *outputs: int) -> bool:
+        rows = [Rows(f"{count}-{place}.weight", 0, count) for place, count in enumerate(outputs)]
+        node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+        adapted = {of.layer: Adapted(rank, scaled=False) for of in rows}
+        return swapped_forms({}, adapted, {}).packs([Linear(node, (of,)) for of in rows])
+
+    assert packs(16, 576, 192, 192)  # SmolLM2's q, k and v
+    assert packs(8, 1536, 1536) and not packs(16, 1536, 1536)  # its gate and up
+    assert packs(0, 11008, 11008) and not packs(8, 4096, 4096, 4096)  # Llama 7B's
 
 
 def test_the_runner_answers_and_verifies(
