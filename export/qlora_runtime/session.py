@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
@@ -41,7 +42,12 @@ def read_adapter(file: Path) -> dict[str, ort.OrtValue]:
         ModelLoadError: onnxruntime cannot read the file.
     """
     try:
-        return dict(ort.AdapterFormat.read_adapter(str(file)).get_parameters())
+        adapter = ort.AdapterFormat.read_adapter(str(file))
+        # Copies: in older onnxruntime (1.23) the weights lie in the adapter's memory and do not keep it.
+        return {
+            name: ort.OrtValue.ortvalue_from_numpy(np.array(weight.numpy()))
+            for name, weight in adapter.get_parameters().items()
+        }
     except (*_LOAD_ERRORS, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelLoadError(f"onnxruntime {ort.__version__} cannot read {file}: {reason}") from error

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import onnxruntime_genai as og
 import pytest
 import torch
@@ -16,6 +17,7 @@ from qlora_runtime import Bundle, Sampling
 from qlora_runtime.cli import main as runtime
 from qlora_runtime.errors import ArgumentError
 from qlora_runtime.generate import generate
+from qlora_runtime.session import read_adapter
 from runtime.serving import COMPLETION, serving
 from tiny_models import save_tiny_model, tiny_ids
 from tiny_run import train, write_recipe
@@ -178,3 +180,14 @@ def test_the_server_has_a_model_for_each(swapped: tuple[RunFolder, Path]) -> Non
             refused.status == 404
             and "'base', 'base:big', 'base:dora', 'base:small', 'base:tiny'" in refused.error["message"]
         )
+
+
+def test_an_adapters_weights_are_the_runners_own(swapped: tuple[RunFolder, Path]) -> None:
+    """Older onnxruntime (1.23) frees what it read with the object that read it: using it after that is a crash."""
+    file = swapped[0].bundles / "adapters/adapters/small/adapter.onnx_adapter"
+    reader = onnxruntime.AdapterFormat.read_adapter(str(file))
+    theirs, ours = reader.get_parameters(), read_adapter(file)
+    assert theirs.keys() == ours.keys()
+    for name, weight in ours.items():
+        np.testing.assert_array_equal(weight.numpy(), theirs[name].numpy())
+        assert weight._numpy_obj is not None  # of an array that it holds
