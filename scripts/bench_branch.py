@@ -1,6 +1,6 @@
 """What does an adapter beside frozen layers cost an answer? Bundles of the profiles int4_exact, nf4 and adapters.
 
-    python scripts/bench_branch.py BUNDLE [BUNDLE ...] [--threads 2] [--repeats 100]
+    python scripts/bench_branch.py BUNDLE [BUNDLE ...] [--threads 2] [--repeats 100] [--cpu-time]
 
 Each bundle's graph and the same graph without the adapter's branches answer one token after `--past` others, in turns,
 in one process; of a bundle with adapters to swap the base alone, and each adapter. Writes benchmarks/branch.json and
@@ -22,7 +22,7 @@ import onnxruntime as ort
 from bench_runs import RESULTS, hardware_line, this_machine, write
 from qlora_runtime import read_manifest
 from qlora_runtime.schema import ADAPTER_FILE, ADAPTERS
-from qlora_runtime.session import read_adapter
+from qlora_runtime.session import open_session, read_adapter
 
 FROZEN = "/frozen"
 
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--past", type=int, default=64, help="tokens in the cache")
     parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, which other processes hardly change")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are written")
     options = parser.parse_args()
     found = {}
@@ -56,15 +57,16 @@ def _compare(bundle: Path, adapter: dict[str, np.ndarray], options: argparse.Nam
         plain = Path(folder) / graph.name
         shutil.copyfile(f"{graph}_data", f"{plain}_data")
         branches = _without_branches(graph, plain)
-        sessions = [_session(path, options.threads) for path in (plain, graph)]
+        sessions = [open_session(path, options.threads) for path in (plain, graph)]
         feeds = [_feed(session, options.past) for session in sessions]
         feeds[1] |= adapter
         spent: list[list[float]] = [[], []]
+        clock = time.process_time if options.cpu_time else time.perf_counter
         for turn in range(options.repeats):
             for which in (0, 1) if turn % 2 else (1, 0):
-                begin = time.perf_counter()
+                begin = clock()
                 sessions[which].run(["logits"], feeds[which])
-                spent[which].append(time.perf_counter() - begin)
+                spent[which].append(clock() - begin)
     manifest = read_manifest(bundle)
     return {"plain_s": spent[0], "adapted_s": spent[1], "branches": branches, "profile": manifest.profile}
 
@@ -96,12 +98,6 @@ def _without_branches(graph: Path, plain: Path) -> int:
     return len(adapted)
 
 
-def _session(path: Path, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    return ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-
-
 def _feed(session: ort.InferenceSession, past: int) -> dict[str, np.ndarray]:
     feed = {"input_ids": np.array([[5]]), "attention_mask": np.ones((1, past + 1), np.int64)}
     for value in session.get_inputs():
@@ -126,11 +122,12 @@ def _report(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> No
         "# An adapter beside frozen layers: what it costs an answer\n\n"
         f"One token after {options.past}, with and without the adapter's branches, {options.repeats} pairs in turns. "
         "Speed is that of the graph with\nthem over that without: the median pair and the middle half of pairs, and "
-        "the fastest of each.\n\n"
+        f"the fastest of each.{' Times are CPU time of the process.' if options.cpu_time else ''}\n\n"
         "| run | profile | branches | without, ms | with, ms | speed | of the fastest |\n"
         "|---|---|---|---|---|---|---|\n"
         + "\n".join(rows)
-        + f"\n\n`python scripts/bench_branch.py BUNDLE ... --repeats {options.repeats}` on {hardware_line(environment)}"
+        + f"\n\n`python scripts/bench_branch.py BUNDLE ... --threads {options.threads} --repeats {options.repeats}"
+        f"{' --cpu-time' if options.cpu_time else ''}` on {hardware_line(environment)}"
     )
     write("branch", {"runs": found, **environment}, table, options.out)
 
