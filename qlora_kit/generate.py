@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from qlora_kit.adapters.folders import adapter_folder
+from qlora_kit.adapters.folders import adapter_folder, named_folder
 from qlora_kit.adapters.peft_format import load_adapter
 from qlora_kit.adapters.prompt_tuning import virtual_tokens
 from qlora_kit.adapters.switch import AdapterSet
@@ -221,8 +221,7 @@ def _load(name: str, given: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedT
         return model, tokenizer, None
     adapters = AdapterSet(model)
     for text in given:
-        called, _, folder = ("", "", text) if Path(text).exists() else text.rpartition("=")
-        adapters.load(called or Path(folder).name, Path(folder))
+        adapters.load(*named_folder(text))
     return model, tokenizer, adapters
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from qlora_kit.adapter_tools.sources import Source, check_new, check_same_base, open_source
+from qlora_kit.adapter_tools.sources import Source, check_same_base, new_folder, open_source
 from qlora_kit.adapters.files import CONFIG
-from qlora_kit.atomic import disk_error
 from qlora_kit.errors import RunError
 from qlora_kit.train.run_folder import RunFolder
 
@@ -25,25 +24,15 @@ def attach(source: Source, run: RunFolder, target: Path, force: bool = False) ->
         RunError: the run is not finished, or the disk is full.
         AdapterError: something is at `target`, or the adapter is of another base.
     """
-    check_new(target)
     if "adapter" not in run.manifest():
         raise RunError(f"{run.path} is not finished", fix=run.how_to_resume())
     if not force:
         check_same_base([open_source(run.path), source])
-    partial = RunFolder(target.with_name(f".partial-{target.name}"))
-    try:
-        shutil.rmtree(partial.path, ignore_errors=True)
-        partial.path.mkdir(parents=True)
+    with new_folder(target) as folder:
+        partial = RunFolder(folder)
         shutil.copytree(source.folder, partial.adapter)
         shutil.copytree(run.tokenizer, partial.tokenizer)
         _describe(partial, source, run, target)
-        if target.exists():
-            target.rmdir()
-        partial.path.rename(target)
-    except OSError as error:
-        raise disk_error(target, error) from error
-    finally:
-        shutil.rmtree(partial.path, ignore_errors=True)
     return RunFolder.open(target)
 
 

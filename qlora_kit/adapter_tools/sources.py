@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from qlora_kit.adapters.files import WEIGHTS, write_adapter
-from qlora_kit.adapters.folders import adapter_folder
+from qlora_kit.adapters.folders import adapter_folder, named_folder
 from qlora_kit.adapters.peft_format import StoredAdapter, read_adapter
 from qlora_kit.adapters.to_lora import CONVERTIBLE, to_lora
 from qlora_kit.atomic import disk_error, write_json
@@ -76,8 +77,7 @@ def named_sources(texts: Sequence[str | Path]) -> dict[str, Source]:
     """
     found: dict[str, Source] = {}
     for text in texts:
-        called, _, place = ("", "", str(text)) if Path(text).exists() else str(text).rpartition("=")
-        name = called or Path(place).resolve().name
+        name, place = named_folder(text)
         if name in found or not NAME.fullmatch(name):
             raise AdapterError(
                 "name of an adapter", got=name, allowed="letters, digits, . _ -, once", fix="NAME=FOLDER"
@@ -130,6 +130,29 @@ def check_new(target: Path) -> None:
         raise AdapterError(f"{target} is there already", fix="Give a new folder")
 
 
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` at the end, whole or not at all.
+
+    Raises:
+        AdapterError: something is there.
+        RunError: the disk is full or not writable.
+    """
+    check_new(target)
+    partial = target.with_name(f".partial-{target.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise disk_error(target, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_new(
     target: Path, config: dict[str, Any], tensors: dict[str, Tensor], notes: dict[str, dict[str, Any]]
 ) -> None:
@@ -142,18 +165,7 @@ def write_new(
         AdapterError: something is there.
         RunError: the disk is full or not writable.
     """
-    check_new(target)
-    partial = target.with_name(f".partial-{target.name}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with new_folder(target) as partial:
         write_adapter(partial, config, tensors)
         for name, tree in notes.items():
             write_json(partial / name, tree)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except OSError as error:
-        raise disk_error(target, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -18,6 +18,8 @@ class AdapterSettings(Section):
     """Whether the base is loaded unquantized, for the method to quantize it layer by layer."""
     fp32_tensors: ClassVar[int] = 0
     """How many of a layer's tensors, the last ones of `layer_sizes`, are float32 whatever `dtype` says."""
+    keeps_output: ClassVar[bool] = False
+    """Whether each adapted layer's output is kept until its backward pass, beside what its neighbours keep."""
     modules_to_save: list[Text] = []
     """Modules trained in full and saved with the adapter; a tied head stays tied."""
     new_tokens: list[Text] = []

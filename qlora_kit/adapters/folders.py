@@ -8,6 +8,12 @@ from qlora_kit.adapters.files import CONFIG
 from qlora_kit.errors import AdapterError
 
 
+def named_folder(text: str | Path) -> tuple[str, Path]:
+    """(name, folder) of NAME=FOLDER, or of a folder, which is called after itself."""
+    name, _, place = ("", "", str(text)) if Path(text).exists() else str(text).rpartition("=")
+    return name or Path(place).resolve().name, Path(place)
+
+
 def adapter_folder(path: Path) -> Path:
     """`path` itself where it holds an adapter, else PATH/adapter.
 

@@ -84,6 +84,7 @@ class DoraSettings(LowRankSettings):
     """Weight-decomposed adaptation (Liu et al. 2024): magnitude and direction of each row learn apart."""
     fp32_tensors: ClassVar[int] = 1
     """The magnitudes."""
+    keeps_output: ClassVar[bool] = True
 
     def layer_sizes(self, name: str, in_features: int, out_features: int) -> list[int]:
         return [*super().layer_sizes(name, in_features, out_features), out_features]

@@ -103,6 +103,6 @@ def _projection(linear: Linear, adapted: bool, adapter: AdapterSettings) -> Proj
         return Projection(linear.name, linear.in_features, linear.out_features, 0, 0)
     sizes = adapter.layer_sizes(linear.name, linear.in_features, linear.out_features)
     inner = max(1, max(sizes, default=1) // max(linear.in_features, linear.out_features))
-    if adapter.method == "dora":
-        inner += linear.out_features  # the output before its magnitude
+    if adapter.keeps_output:
+        inner += linear.out_features
     return Projection(linear.name, linear.in_features, linear.out_features, inner, sum(sizes))

@@ -18,6 +18,8 @@ from qlora_kit.kernels.distill_loss import TeacherSays
 from qlora_kit.train.distill import Collate, OnlineTeacher
 
 ROWS_AT_ONCE = 8
+PIECE = 1 << 16
+"""Loss tokens that are looked at together."""
 ENOUGH = 0.8
 """Share of the teacher's probability; with less, the loss sees less than three quarters of what it differs by."""
 
@@ -48,13 +50,19 @@ class CachedTeacher:
         self._file: Any = safe_open(self.path, framework="pt")
         places = self._file.get_tensor("places").tolist()
         self._places = {(source, row): slice(start, end) for source, row, start, end in places}
-        share = float(self._file.get_tensor("log_probs").float().exp().sum(1).mean())
+        share = self._kept_share()
         if share >= ENOUGH:
             return None
         return (
             f"the teacher's {self.top_k} likeliest tokens hold {share:.0%} of its probability, and the student learns "
             "little of the rest: lower train.distill.temperature, or raise top_k"
         )
+
+    def _kept_share(self) -> float:
+        """Of the teacher's probability, a mean over loss tokens; read in pieces, as the file may be large."""
+        log_probs = self._file.get_slice("log_probs")
+        tokens = log_probs.get_shape()[0]
+        return sum(float(log_probs[k : k + PIECE].float().exp().sum()) for k in range(0, tokens, PIECE)) / tokens
 
     def says(self, batch: Mapping[str, Tensor], rows: list[Encoded]) -> Callable[[slice], TeacherSays]:
         spans = [self._places[row.source, row.row] for row in rows]

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -99,24 +100,24 @@ class Service:
 
     async def model(self, request: Request) -> Response:
         """A model, by its id."""
-        return JSONResponse(self._card(self._model({"model": request.path_params["name"]})))
+        return JSONResponse(self._card(self._model(request.path_params["name"])))
 
     async def chat(self, request: Request) -> Response:
         """The next message of a chat."""
         body = await read_body(request, self.limits)
-        reply = Reply(self._model(body), True)
+        reply = Reply(self._model(body.get("model")), True)
         return await self._generate(request, read_chat(body, self.limits.max_tokens), reply)
 
     async def completion(self, request: Request) -> Response:
         """How a text goes on."""
         body = await read_body(request, self.limits)
-        reply = Reply(self._model(body), False)
+        reply = Reply(self._model(body.get("model")), False)
         return await self._generate(request, read_completion(body, self.limits.max_tokens), reply)
 
     async def rows(self, request: Request) -> Response:
         """What a task's model says of texts."""
         body = await read_body(request, self.limits)
-        self._model(body)
+        self._model(body.get("model"))
         assert isinstance(self.bundle, TaskBundle)
         turn = await while_there(request, self.engine.turn())
         try:
@@ -149,9 +150,8 @@ class Service:
         assert not isinstance(bundle, TaskBundle)
         return stream_text(bundle, asked.prompt, asked.sampling, turn.cancelled)
 
-    def _model(self, body: JsonObject) -> str:
-        """The id of the model that a request names; one that names none means the bundle's own."""
-        name = body.get("model")
+    def _model(self, name: Any) -> str:
+        """`name`, once it is the id of a model that is served; None means the bundle's own."""
         if name is None:
             return self.name
         if not isinstance(name, str) or name not in self._served:
