@@ -30,6 +30,7 @@ from qlora_runtime.reference import read_reference, write_reference
 from qlora_runtime.schema import Manifest
 from qlora_runtime.seq2seq_graphs import Seq2SeqGraphs
 from qlora_runtime.task import Seq2SeqTask, parse_task, task_to_json
+from runtime.serving import CHAT, COMPLETION, serving
 from tiny_encoders import SEP, save_tiny_encoder, task_recipe, tiny_encoder, trained
 
 from qlora_kit.cli import main
@@ -212,6 +213,20 @@ def test_the_command_line_answers_a_text_and_a_file(
     assert runtime(["generate", str(made.folder), *options]) == 0
     found = [json.loads(line)["token_ids"] for line in answers.read_text(encoding="utf-8").splitlines()]
     assert found == [said_by_transformers(made, source) for source in SOURCES]
+
+
+def test_the_server_answers_sources_whole_and_streamed(made: Exported) -> None:
+    asked = {"prompt": SOURCES[0], "max_tokens": 12, "temperature": 0}
+    expected = made.tokenizer.decode(said_by_transformers(made, SOURCES[0]), skip_special_tokens=True)
+    with serving(made.folder) as server:
+        answer = server.ask(COMPLETION, asked)
+        assert answer.status == 200, answer.body
+        assert answer.json()["choices"][0]["text"].strip() == expected.strip()
+        pieces = [event["choices"][0]["text"] for event in server.events(COMPLETION, asked) if event["choices"]]
+        assert "".join(pieces) == answer.json()["choices"][0]["text"]
+        refused = server.ask(CHAT, {"messages": [{"role": "user", "content": "hello"}]})
+        assert refused.status == 400 and "knows no chats" in refused.error["message"]
+        server.wait_until_idle()
 
 
 def test_what_such_a_bundle_cannot_do_is_refused(made: Exported, copied: Path) -> None:
