@@ -1,4 +1,4 @@
-"""Runs onnxruntime-genai's model builder: `python -m qlora_kit.export.builder MERGED TARGET [KEY=VALUE …]`.
+"""Runs onnxruntime-genai's model builder: `python -m qlora_kit.export.builder MERGED TARGET FACTORS [KEY=VALUE …]`.
 
 It writes a graph whose matrices name the parameter that they are, and no weights: those are written by
 `export/weights.py`. A process of its own, because the builder prints every layer and is changed here where it runs.
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_kit.export.parameters import MergedWeights, parameter_location
+from qlora_kit.export.parameters import Factors, MergedWeights, multiplied, parameter_location, read_factors
 
 
 class Places:
@@ -50,8 +50,11 @@ class Places:
         )
 
 
-def load_mapped(folder: str, places: Places) -> PreTrainedModel:
-    """The model in `folder` with its weights mapped from disk: the pages that are read may be dropped again."""
+def load_mapped(folder: str, places: Places, factors: Factors) -> PreTrainedModel:
+    """The model in `folder` with its weights mapped from disk: the pages that are read may be dropped again.
+
+    Matrices take their factors when they are written; norms and biases, which the graph holds, take them here.
+    """
     config = builder.AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
@@ -59,6 +62,7 @@ def load_mapped(folder: str, places: Places) -> PreTrainedModel:
     for file in MergedWeights(Path(folder)).files():
         with safe_open(file, framework="pt") as tensors:
             weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+    weights |= {name: multiplied(name, weights[name], factors) for name in factors if weights[name].ndim == 1}
     found = model.load_state_dict(weights, assign=True, strict=False)
     model.tie_weights()
     if lacking := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
@@ -68,9 +72,9 @@ def load_mapped(folder: str, places: Places) -> PreTrainedModel:
     return model
 
 
-def main(merged: str, target: str, *options: str) -> None:
+def main(merged: str, target: str, factors: str, *options: str) -> None:
     """Writes graph and configuration of the Hugging Face folder `merged`, fp32, into `target`."""
-    places = Places()
+    places, multipliers = Places(), read_factors(Path(factors))
     model_class: Any = builder.Model
 
     def make_initializer(self: Any, tensor: Any, /, name: str, **kwargs: Any) -> None:
@@ -88,7 +92,7 @@ def main(merged: str, target: str, *options: str) -> None:
     stock = model_class.make_initializer
     model_class.make_initializer, model_class.save_model = make_initializer, save_model
     loader: Any = AutoModelForCausalLM
-    loader.from_pretrained = lambda folder, **_: load_mapped(folder, places)
+    loader.from_pretrained = lambda folder, **_: load_mapped(folder, places, multipliers)
     place = ("", merged, target, "fp32", "cpu", f"{target}/.cache")
     builder.create_model(*place, **builder.parse_extra_options(*place, list(options)))
 

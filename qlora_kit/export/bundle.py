@@ -26,6 +26,7 @@ from qlora_kit.errors import ExportError, VerificationError
 from qlora_kit.export.codes import CodedLayer, same_codes
 from qlora_kit.export.forms import forms_of
 from qlora_kit.export.graph import GRAPH, build_graph
+from qlora_kit.export.parameters import Factors
 from qlora_kit.export.reference import ReferenceRow
 from qlora_kit.export.verify import Distances, Profile, measure, tolerance_of
 from qlora_kit.model.source import sha256_file
@@ -46,6 +47,7 @@ def make_bundle(
     tools: Any,
     coded: Mapping[str, CodedLayer] | None = None,
     moments: Mapping[str, Tensor] | None = None,
+    factors: Factors | None = None,
 ) -> Distances:
     """Builds and verifies a bundle of the merged model; it appears at `target` only if it passed.
 
@@ -54,6 +56,7 @@ def make_bundle(
         base, adapter: what the model was made from, for the manifest.
         coded: the training base's 4-bit layers, for a profile that ships their codes.
         moments: second moments of the inputs of layers, by name, for a profile that rounds by them.
+        factors: what makes the merged weights easier to round, multiplied as they are read.
 
     Raises:
         VerificationError: the bundle is past its tolerance; it is left at TARGET.rejected, to be looked at, and
@@ -62,7 +65,7 @@ def make_bundle(
     """
 
     def build(folder: Path) -> tuple[Distances, list[str]]:
-        build_graph(merged, folder, forms_of(profile.name, coded or {}, moments or {}))
+        build_graph(merged, folder, forms_of(profile.name, coded or {}, moments or {}), factors)
         return _prove(merged, folder, profile, rows, {"tools": tools}, base, adapter, coded)
 
     return published(target, profile.name, build)

@@ -22,7 +22,7 @@ SAID_FROM = 1 << 30
 
 
 def needed_bytes(model: PreTrainedModel, profiles: Sequence[str], rows: Sequence[ProofRow]) -> int:
-    """What the export of a model takes on disk at most: merged folders, bundles, the reference's logits.
+    """What the export of a model takes on disk at most: merged folder, bundles, the reference's logits.
 
     Args:
         rows: of the proof, of which all logits are kept until the end.
@@ -31,10 +31,9 @@ def needed_bytes(model: PreTrainedModel, profiles: Sequence[str], rows: Sequence
     linear, config = sum(width * out for width, out in shapes), model.config
     vocab = getattr(config, "vocab_size", 0)
     others = 2 * vocab * getattr(config, "hidden_size", 0)  # embedding and head; the rest is small
-    folders = (linear + others) * 4 * (2 if "int8" in profiles else 1)
     bundles = sum(linear * LINEAR_BITS[name] / 8 + others * 4 for name in profiles)
     logits = sum(len(row.input_ids) for row, _ in rows) * vocab * 4
-    return int(folders + bundles + logits)
+    return int((linear + others) * 4 + bundles + logits)
 
 
 def require_room(run: RunFolder, needed: int, console: Console) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ import onnx
 
 from qlora_kit.errors import ExportError
 from qlora_kit.export.forms import Forms
-from qlora_kit.export.parameters import MergedWeights
+from qlora_kit.export.parameters import Factors, MergedWeights, write_factors
 from qlora_kit.export.weights import DecoderGraph
 
 GRAPH, DATA = "onnx/model.onnx", "model.onnx_data"
 
 
-def build_graph(merged: Path, target: Path, forms: Forms) -> None:
+def build_graph(merged: Path, target: Path, forms: Forms, factors: Factors | None = None) -> None:
     """Writes graph, weights and configuration of the merged model `merged` into the folder `target`.
 
     Args:
         forms: how each linear layer is stored; embeddings stay fp32.
+        factors: what parameters are multiplied by as they are read.
 
     Raises:
         ExportError: the builder cannot write this model (GPT-2, for one).
@@ -33,8 +35,10 @@ def build_graph(merged: Path, target: Path, forms: Forms) -> None:
     options = ["hf_remote=false", "windowed_kv_cache=false", "fuse_qkv=false"]
     shared = bool(config.get("tie_word_embeddings")) and forms.shares_head
     options.append(f"shared_embeddings={'true' if shared else 'false'}")
-    command = [sys.executable, "-m", "qlora_kit.export.builder", str(merged), str(target), *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        write_factors(factors or {}, file := Path(folder) / "factors.safetensors")
+        command = [sys.executable, "-m", "qlora_kit.export.builder", str(merged), str(target), str(file), *options]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise ExportError(
@@ -43,7 +47,7 @@ def build_graph(merged: Path, target: Path, forms: Forms) -> None:
             fix=f"Use the merged model in {merged}",
         )
     shutil.rmtree(target / ".cache", ignore_errors=True)
-    _write_graph(merged, target, forms, attention_windows(config))
+    _write_graph(MergedWeights(merged, factors), target, forms, attention_windows(config))
     for name in ("config.json", "generation_config.json"):
         if (merged / name).exists():
             shutil.copyfile(merged / name, target / name)
@@ -74,13 +78,13 @@ def attention_windows(config: dict[str, Any]) -> list[int]:
     return [window if kind == "sliding_attention" else -1 for kind in kinds]
 
 
-def _write_graph(merged: Path, target: Path, forms: Forms, windows: list[int]) -> None:
+def _write_graph(weights: MergedWeights, target: Path, forms: Forms, windows: list[int]) -> None:
     """Writes onnx/model.onnx and its weights, onnx/model.onnx_data, where all runtimes look.
 
     The builder leaves the attention window out of graphs of Mistral and others, so each layer's is written in.
     """
     (target / "onnx").mkdir()
-    graph = DecoderGraph(target / "model.onnx", MergedWeights(merged))
+    graph = DecoderGraph(target / "model.onnx", weights)
     attention = [node for node in graph.model.graph.node if node.op_type == "GroupQueryAttention"]
     for node, window in zip(attention, windows, strict=True):
         for attribute in node.attribute:

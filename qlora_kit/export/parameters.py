@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,34 @@ from typing import Any
 import onnx
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 STRAIGHT, TRANSPOSED = "parameter:", "transposed:"
+
+Factors = Mapping[str, Sequence[Tensor]]
+"""Parameter to what it is multiplied by: [in] by columns, [out, 1] by rows; [channels] where it has one dimension."""
+
+
+def multiplied(name: str, tensor: Tensor, factors: Factors, first: int = 0) -> Tensor:
+    """The parameter `name`, or its rows from `first` on, times its factors."""
+    for factor in factors.get(name, ()):
+        by_rows = factor.ndim == tensor.ndim
+        tensor = tensor * (factor[first : first + len(tensor)] if by_rows else factor)
+    return tensor
+
+
+def write_factors(factors: Factors, file: Path) -> None:
+    """Writes `factors` where another process reads them."""
+    save_file({f"{k} {name}": factor.clone() for name, of in factors.items() for k, factor in enumerate(of)}, file)
+
+
+def read_factors(file: Path) -> Factors:
+    """What `write_factors` wrote; none where it wrote nothing."""
+    found: dict[str, list[Tensor]] = {}
+    for key, factor in sorted(load_file(file).items()) if file.exists() else ():
+        found.setdefault(key.partition(" ")[2], []).append(factor)
+    return found
 
 
 @dataclass(frozen=True)
@@ -46,10 +72,14 @@ def rows_of(tensor: onnx.TensorProto) -> tuple[Rows, bool] | None:
 
 
 class MergedWeights:
-    """The safetensors files of a Hugging Face folder."""
+    """The safetensors files of a Hugging Face folder.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        factors: what parameters are multiplied by as they are read.
+    """
+
+    def __init__(self, folder: Path, factors: Factors | None = None) -> None:
+        self.folder, self.factors = folder, factors or {}
         index = folder / "model.safetensors.index.json"
         self._map: dict[str, str] | None = None
         if index.exists():
@@ -65,4 +95,5 @@ class MergedWeights:
         name = self._map[rows.parameter] if self._map else "model.safetensors"
         opened: Any
         with safe_open(self.folder / name, framework="pt") as opened:
-            return opened.get_slice(rows.parameter)[rows.first : rows.first + rows.count].to(torch.float32)
+            found = opened.get_slice(rows.parameter)[rows.first : rows.first + rows.count].to(torch.float32)
+        return multiplied(rows.parameter, found, self.factors, rows.first)

@@ -18,11 +18,11 @@ from qlora_kit.export.bundle import make_bundle
 from qlora_kit.export.calibration import linear_moments
 from qlora_kit.export.codes import CODED_BASES, coded_layers
 from qlora_kit.export.disk import needed_bytes, require_room
-from qlora_kit.export.merge import Hold, LayerDelta, save_merged
+from qlora_kit.export.merge import LayerDelta, save_merged
 from qlora_kit.export.onto import merge_onto
 from qlora_kit.export.rows import calibration_rows, proof_rows, reference_rows
 from qlora_kit.export.seq2seq_bundle import make_seq2seq_bundle, seq2seq_model
-from qlora_kit.export.smoothing import Factors, input_ranges, smoothed, smoothing_factors
+from qlora_kit.export.smoothing import input_ranges, smoothing_factors
 from qlora_kit.export.task_bundle import TaskModel, make_task_bundle
 from qlora_kit.export.task_proof import TaskDistances, bundled_task, context_length, task_rows
 from qlora_kit.export.verify import PROFILES, Distances
@@ -73,8 +73,7 @@ def export_run(
                 console.print(_summary(run, name, made[name]), highlight=False)
             except ExportError as error:
                 failures.append(error)
-        for folder in (_smoothed_folder(run), _scratch_folder(run)):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(_scratch_folder(run), ignore_errors=True)
         if not recipe.export.merged and not failures:
             shutil.rmtree(run.merged)
     for other in failures[1:]:
@@ -158,20 +157,20 @@ def _merge(
     moments = linear_moments(model, calibration) if "int4" in names else {}
     if onto == "dequantized":
         _save_merged(run, model, onto, tokenizer, console)
-    folders = dict.fromkeys(names, run.merged)
-    if factors := smoothing_factors(model, ranges):
-        folders["int8"] = _save_smoothed(run, model, factors, tokenizer, console)
+    smoothing = smoothing_factors(model, ranges)
+    if layers := sum(name in smoothing for name, parameter in model.named_parameters() if parameter.ndim > 1):
+        console.print(f"int8: ranges of {layers} layers moved from activations into weights", highlight=False)
 
     def make(name: str) -> Found:
         target, tools = run.bundles / name, tool_versions(EXPORT_TOOLS)
+        about: dict[str, Any] = {"tools": tools, **sources}
         if text_model is not None:
-            return make_seq2seq_bundle(folders[name], target, name, text_model, tools=tools, **sources)
+            return make_seq2seq_bundle(run.merged, target, name, text_model, **about)
+        about["factors"] = smoothing if name == "int8" else None
         if task_model is not None:
-            return make_task_bundle(folders[name], target, name, task_model, tools=tools, **sources)
-        shipped = coded if name in CODED_BASES else None
-        return make_bundle(
-            folders[name], target, PROFILES[name], rows, tools=tools, coded=shipped, moments=moments, **sources
-        )
+            return make_task_bundle(run.merged, target, name, task_model, **about)
+        about["coded"] = coded if name in CODED_BASES else None
+        return make_bundle(run.merged, target, PROFILES[name], rows, moments=moments, **about)
 
     return make
 
@@ -183,26 +182,6 @@ def _save_merged(
     deltas = save_merged(model, tokenizer, run.merged, lambda hold: merge_onto(run, model, onto, hold))
     write_json(run.path / "merge.json", _merge_report(deltas))
     console.print(f"merged {len(deltas)} layers in fp32 into {run.merged}", highlight=False)
-
-
-def _save_smoothed(
-    run: RunFolder, model: PreTrainedModel, factors: Factors, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> Path:
-    """Writes the merged model in the form that rounds best to 8 bit; returns its folder."""
-
-    def fill(hold: Hold) -> None:
-        for name, parameter in model.named_parameters():
-            hold(name, smoothed(name, parameter.detach(), factors))
-
-    save_merged(model, tokenizer, _smoothed_folder(run), fill)
-    layers = sum(parameter.ndim > 1 for name, parameter in model.named_parameters() if name in factors)
-    console.print(f"int8: ranges of {layers} layers moved from activations into weights", highlight=False)
-    return _smoothed_folder(run)
-
-
-def _smoothed_folder(run: RunFolder) -> Path:
-    """There only while exporting."""
-    return run.path / ".partial-smoothed"
 
 
 def _scratch_folder(run: RunFolder) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.export.calibration import linear_layers
+from qlora_kit.export.parameters import Factors
 
 STRENGTH = 0.6  # alpha of eq. 4: how much of the range moves into the weight
 
@@ -30,10 +31,6 @@ class SmoothingPair:
     layers: list[Any]
 
 
-Factors = dict[str, list[Tensor]]
-"""Parameter to what it is multiplied by, each of a shape that broadcasts to its own."""
-
-
 @torch.no_grad()
 def smoothing_factors(model: PreTrainedModel, ranges: Mapping[str, Tensor], strength: float = STRENGTH) -> Factors:
     """What moves range from activations into weights. Layers that are not built as Llama's are left alone.
@@ -43,7 +40,7 @@ def smoothing_factors(model: PreTrainedModel, ranges: Mapping[str, Tensor], stre
         ranges: of `input_ranges`; none leave the model as it is.
     """
     names = {module: name for name, module in model.named_modules()}
-    factors: Factors = defaultdict(list)
+    factors: dict[str, list[Tensor]] = defaultdict(list)
     for pair in smoothing_pairs(model) if ranges else ():
         weight_reach = torch.stack([layer.weight.abs().amax(0) for layer in pair.layers]).amax(0)
         reach = ranges[names[pair.layers[0]]].clamp_min(1e-5)
@@ -54,13 +51,6 @@ def smoothing_factors(model: PreTrainedModel, ranges: Mapping[str, Tensor], stre
         for layer in pair.layers:
             factors[f"{names[layer]}.weight"].append(scale)
     return dict(factors)
-
-
-def smoothed(name: str, tensor: Tensor, factors: Factors) -> Tensor:
-    """The parameter `name` times its factors."""
-    for factor in factors.get(name, ()):
-        tensor = tensor * factor
-    return tensor
 
 
 def smoothing_pairs(model: PreTrainedModel) -> Iterator[SmoothingPair]:

@@ -14,6 +14,7 @@ from qlora_runtime.task_reference import write_task_reference
 from transformers import PreTrainedTokenizerBase
 
 from qlora_kit.export.bundle import published
+from qlora_kit.export.parameters import Factors
 from qlora_kit.export.task_graph import build_task_graph
 from qlora_kit.export.task_proof import TaskDistances, TaskProofRow, prove, recorded, shipped, tolerance_of
 from qlora_kit.model.source import sha256_file
@@ -37,12 +38,19 @@ class TaskModel:
 
 
 def make_task_bundle(
-    merged: Path, target: Path, profile: str, model: TaskModel, base: Any, adapter: Any, tools: Any
+    merged: Path,
+    target: Path,
+    profile: str,
+    model: TaskModel,
+    base: Any,
+    adapter: Any,
+    tools: Any,
+    factors: Factors | None = None,
 ) -> TaskDistances:
     """Builds and verifies a bundle of the merged model; arguments and errors as for `make_bundle`."""
 
     def build(folder: Path) -> tuple[TaskDistances, list[str]]:
-        build_task_graph(merged, folder, profile, model.auto_class, model.tokenizer)
+        build_task_graph(merged, folder, profile, model.auto_class, model.tokenizer, factors)
         tolerance = tolerance_of(profile, model.task, model.rows)
         write_task_reference(folder, shipped(model.rows, tolerance))
         about: dict[str, Any] = {

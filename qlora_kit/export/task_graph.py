@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.errors import ExportError
 from qlora_kit.export.graph import GRAPH
+from qlora_kit.export.parameters import Factors, multiplied
 
 OPSET = 20
 BLOCK_SIZE = 32  # channels of an int8 weight that share a scale
@@ -40,7 +41,12 @@ class _Positional(nn.Module):
 
 
 def build_task_graph(
-    merged: Path, target: Path, profile: str, auto_class: str, tokenizer: PreTrainedTokenizerBase
+    merged: Path,
+    target: Path,
+    profile: str,
+    auto_class: str,
+    tokenizer: PreTrainedTokenizerBase,
+    factors: Factors | None = None,
 ) -> None:
     """Writes graph, weights and configuration of the merged model `merged` into the folder `target`.
 
@@ -50,11 +56,14 @@ def build_task_graph(
     Args:
         profile: fp32, or int8 (blocks of 32, symmetric, MatMulNBits; embeddings, poolers and heads stay fp32).
         auto_class: the Auto class of transformers that reads `merged`.
+        factors: what parameters are multiplied by.
 
     Raises:
         ExportError: torch cannot export this model.
     """
     model = getattr(transformers, auto_class).from_pretrained(merged, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data = multiplied(name, parameter.data, factors or {})
     graph = _exported(model, input_names(model, tokenizer), output_names(auto_class))
     write_graph(quantized(graph) if profile == "int8" else graph, target / GRAPH)
     copy_configuration(merged, target)

@@ -4,14 +4,15 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_ids, tiny_model
 
-from qlora_kit.export.smoothing import input_ranges, smoothed, smoothing_factors, smoothing_pairs
+from qlora_kit.export.parameters import multiplied
+from qlora_kit.export.smoothing import input_ranges, smoothing_factors, smoothing_pairs
 
 
 def smooth(model, rows):
     """Multiplies the model's parameters by their factors; returns these."""
     factors = smoothing_factors(model, input_ranges(model, rows))
     for name, parameter in model.named_parameters():
-        parameter.data = smoothed(name, parameter.data, factors)
+        parameter.data = multiplied(name, parameter.data, factors)
     return factors
 
 
