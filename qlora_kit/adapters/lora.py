@@ -18,7 +18,7 @@ from qlora_kit.adapters.lora_conv import LoraConv
 from qlora_kit.adapters.lora_embedding import LoraEmbedding
 from qlora_kit.adapters.lora_recurrent import LoraRecurrent
 from qlora_kit.adapters.low_rank_settings import FactorSettings
-from qlora_kit.adapters.method import DTYPES, Method
+from qlora_kit.adapters.method import DTYPES, Gain, Method, plain_size
 from qlora_kit.adapters.peft_config import check_low_rank_config, low_rank_config, read_low_rank_config
 from qlora_kit.adapters.settings import LoraSettings, LowRankSettings
 from qlora_kit.kernels.lora_linear import lora_linear, lora_linear_reference
@@ -117,20 +117,25 @@ class Lora(LowRank[LoraSettings]):
         super().__init__(settings)
         self._at_start = settings
 
-    def resize(self, model: PreTrainedModel, step: int, total_steps: int) -> dict[str, nn.Parameter]:
-        return self.change_rank(model, self._at_start.at_step(step, total_steps))
+    def resize(
+        self, model: PreTrainedModel, step: int, total_steps: int, gain: Gain = plain_size
+    ) -> dict[str, nn.Parameter]:
+        return self.change_rank(model, self._at_start.at_step(step, total_steps), gain)
 
-    def change_rank(self, model: nn.Module, settings: LoraSettings) -> dict[str, nn.Parameter]:
+    def change_rank(self, model: nn.Module, settings: LoraSettings, gain: Gain = plain_size) -> dict[str, nn.Parameter]:
         """Gives each layer the rank that `settings` have for it. Returns the new parameters by name.
 
         A layer that grows computes what it did: of the new rows of A and columns of B, those of one are zero.
         """
         self.settings = settings
+        resized = [
+            (name, of) for name, of in adapted_layers(model) if cast(Any, of).rank != settings.for_layer(name).rank
+        ]
+        factor = gain() if resized else 1.0
         changed: dict[str, nn.Parameter] = {}
-        for name, layer in adapted_layers(model):
-            if cast(Any, layer).rank != settings.for_layer(name).rank:
-                fresh = take_rank(layer, self.make_layer(layer.base_layer, name))
-                changed |= {f"{name}.{own}": parameter for own, parameter in fresh.items()}
+        for name, layer in resized:
+            fresh = take_rank(layer, self.make_layer(layer.base_layer, name), factor)
+            changed |= {f"{name}.{own}": parameter for own, parameter in fresh.items()}
         return changed
 
     def make_layer(self, base: Any, name: str) -> AdaptedLayer:

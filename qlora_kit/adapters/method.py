@@ -15,6 +15,13 @@ from qlora_kit.adapters.settings import AdapterSettings
 S = TypeVar("S", bound=AdapterSettings)
 SomeBatches = Callable[[int], Iterable[Mapping[str, Tensor]]]
 """Batches of n training rows, spread over the data; fewer where there are fewer rows."""
+Gain = Callable[[], float]
+"""What new random weights are multiplied by, worked out where there are some."""
+
+
+def plain_size() -> float:
+    """They are as large as an untrained adapter's."""
+    return 1.0
 
 
 class Method(Generic[S]):
@@ -99,11 +106,16 @@ class Method(Generic[S]):
             clip_factor: what the optimizer multiplied the gradients with, so that their norm kept to its limit.
         """
 
-    def resize(self, model: PreTrainedModel, step: int, total_steps: int) -> dict[str, nn.Parameter]:
+    def resize(
+        self, model: PreTrainedModel, step: int, total_steps: int, gain: Gain = plain_size
+    ) -> dict[str, nn.Parameter]:
         """Gives the trained weights the shapes that they have after `step`. Returns those that changed, by name.
 
         Called after each optimizer step, and before a checkpoint is filled in. What old and new shape share lies at
         the start of each dimension.
+
+        Args:
+            gain: says how much larger than an untrained adapter's new random weights are.
         """
         return {}
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from qlora_kit.adapters.settings import AdapterSettings, LoraSettings
 from qlora_kit.errors import TrainingError
+from qlora_kit.recipe import TrainSection
+from qlora_kit.train.optim import lr_at
+
+EAGERNESS = 1.5
+"""What the first steps of a run move is worth more than later ones: of 1, 1.5 and 2.5, on GSM8K."""
+HIGHEST_GAIN = 16.0
 
 if TYPE_CHECKING:
     from qlora_kit.train.session import Session
@@ -15,7 +22,21 @@ if TYPE_CHECKING:
 
 def resize_adapter(session: Session, step: int) -> None:
     """Gives weights and optimizer states the shapes that they have after `step`."""
-    take_parameters(session, session.method.resize(session.plain, step, session.total_steps))
+    total = session.total_steps
+    gain = partial(catch_up, session.recipe.train, step, total)
+    take_parameters(session, session.method.resize(session.plain, step, total, gain))
+
+
+def catch_up(train: TrainSection, step: int, total_steps: int) -> float:
+    """How much larger than at the start new rows of A are, so that ranks that come after `step` learn what they missed.
+
+    Adam moves weights by the learning rate, whatever the size of their gradients: how far B A gets goes with the sum
+    of learning rates and with the size of A. New ranks see what is left of that sum, and less while their first
+    moments, which start at zero, fill up.
+    """
+    rates = [lr_at(k, 1.0, train.schedule, train.warmup_steps, total_steps) for k in range(1, total_steps + 1)]
+    left = sum(rate * (1 - train.betas[0] ** k) for k, rate in enumerate(rates[step:], 1))
+    return min(EAGERNESS * sum(rates) / left, HIGHEST_GAIN) if left else 1.0
 
 
 def check_growth(adapter: AdapterSettings, total_steps: int) -> None:

@@ -21,6 +21,8 @@ from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.peft_format import save_adapter
 from qlora_kit.adapters.settings import GrowthStage, LoraSettings
 from qlora_kit.cli import main
+from qlora_kit.recipe import TrainSection
+from qlora_kit.train.growth import EAGERNESS, HIGHEST_GAIN, catch_up
 from qlora_kit.train.optim import AdapterOptimizer, optimizer_maker
 from qlora_kit.train.restore import load_tuned
 from qlora_kit.train.run_folder import RunFolder
@@ -44,7 +46,7 @@ def test_growth_leaves_the_function_where_it_is(tmp_path: Path, changes: dict[st
     randomize(model)
     before, scaling = logits(model), [layer.scaling for _, layer in adapted_layers(model)]
     for step, rank in ((5, 8), (7, 8), (8, 16)):
-        changed = method.resize(model, step, 10)
+        changed = method.resize(model, step, 10, lambda: 3.0)
         assert set(changed) == (set() if step == 7 else set(trainable_parameters(model)))
         assert {layer.rank for _, layer in adapted_layers(model)} == {rank}
         assert torch.equal(logits(model), before)
@@ -77,6 +79,34 @@ def test_new_rows_learn_at_once() -> None:
     for _, layer in adapted_layers(model):
         assert layer.lora_A[4:].abs().min() > 0 and not layer.lora_B[:, 4:].any()
         assert layer.lora_B.grad[:, 4:].abs().max() > 0
+
+
+def test_new_rows_are_as_much_larger_as_what_they_missed() -> None:
+    largest = []
+    for gain in (1.0, 2.5):
+        model, method = tiny_model("llama"), Lora(growing())
+        method.inject(model)
+        torch.manual_seed(3)
+        method.resize(model, 9, 10, lambda of=gain: of)
+        largest.append([layer.lora_A[4:].detach() for _, layer in adapted_layers(model)])
+    for small, large in zip(*largest, strict=True):
+        torch.testing.assert_close(large, 2.5 * small)
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "gain"),
+    [
+        ({"schedule": "constant", "betas": [0.0, 0.99]}, 50, EAGERNESS * 2),
+        ({"schedule": "constant", "betas": [0.0, 0.99], "warmup_steps": 50}, 50, EAGERNESS * 75.5 / 50),
+        ({"schedule": "linear", "betas": [0.0, 0.99]}, 50, EAGERNESS * 5050 / 1275),
+        ({"schedule": "constant", "betas": [0.5, 0.99]}, 80, EAGERNESS * 100 / (19 + 2**-20)),
+        ({"schedule": "linear"}, 90, HIGHEST_GAIN),
+        ({"schedule": "linear"}, 100, 1.0),
+    ],
+)
+def test_what_new_ranks_missed_goes_by_the_learning_rates(changes: dict[str, Any], step: int, gain: float) -> None:
+    train = TrainSection(**{"max_steps": 100, "warmup_steps": 0, **changes})
+    assert catch_up(train, step, 100) == pytest.approx(gain, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
