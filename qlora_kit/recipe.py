@@ -201,12 +201,14 @@ Onto = Literal["dequantized", "original", "requantized"]
 
 
 class ExportSection(Section):
-    profiles: Annotated[list[Literal["fp32", "int8", "int4", "nf4", "int4_exact"]], Field(min_length=1)] = [
+    profiles: Annotated[
+        list[Literal["fp32", "int8", "int4", "nf4", "int4_exact", "int4_fast"]], Field(min_length=1)
+    ] = [
         "fp32",
         "int8",
     ]
-    """Bundles to write; nf4 ships the codes of a base in nf4 or fp4, int4_exact those of a base in int4, with the
-    adapter beside them."""
+    """Bundles to write; nf4 ships the codes of a base in nf4 or fp4, int4_exact and int4_fast those of a base in int4,
+    with the adapter beside them. int4_fast rounds activations, head and embeddings to 8 bit."""
     onto: Onto = "dequantized"
     """What the adapter is merged onto: the weights it was trained on; the base's own 16 bit; or, rounded once more,
     the base's codes. Only the first is the model that was trained."""

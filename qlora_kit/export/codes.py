@@ -26,10 +26,10 @@ from qlora_kit.model.quantized import QuantizedLinear
 
 QUANT_TYPES = {"fp4": 0, "nf4": 1}
 """bitsandbytes' names to MatMulBnb4's attribute."""
-CODED_BASES = {"nf4": tuple(QUANT_TYPES), "int4_exact": ("int4",)}
+CODED_BASES = {"nf4": tuple(QUANT_TYPES), "int4_exact": ("int4",), "int4_fast": ("int4",)}
 """The profiles that ship the training base's codes to the base.quant that they are for."""
-EXACT_LEVEL = 0
-"""MatMulNBits' accuracy level that rounds no activations."""
+EXACT_LEVEL, FAST_LEVEL = 0, 4
+"""MatMulNBits' accuracy levels that round no activations, and round them to 8 bit in blocks."""
 SPLIT, BETWEEN = ":", ","
 
 
@@ -73,9 +73,11 @@ class Coded:
 
     Attributes:
         layers: by name.
+        level: MatMulNBits' accuracy level, of int4 bases.
     """
 
     layers: Mapping[str, CodedLayer]
+    level: int = EXACT_LEVEL
 
     def all_of(self, linears: Sequence[Linear]) -> bool:
         """Whether all of them have codes."""
@@ -89,7 +91,7 @@ class Coded:
             for name, array in _stored(self.layers, linear.rows).items()
         ]
         parts = [self.layers[rows.layer] for rows in linear.rows]
-        kind, attributes = _operator(parts[0].base)
+        kind, attributes = _operator(parts[0].base, self.level)
         branches = [part.branch and part.branch.rows(rows.first, rows.count) for part, rows in zip(parts, linear.rows)]
         branch = stacked(branches, [rows.count for rows in linear.rows])
         frozen = onnx.helper.make_node(
@@ -112,10 +114,10 @@ def _stored(layers: Mapping[str, CodedLayer], rows: Sequence[Rows]) -> dict[str,
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _operator(base: QuantizedLinear) -> tuple[str, dict[str, Any]]:
+def _operator(base: QuantizedLinear, level: int) -> tuple[str, dict[str, Any]]:
     """The operator that computes with the codes, and its attributes beyond shapes."""
     if base.quant == "int4":
-        return "MatMulNBits", {"bits": 4, "accuracy_level": EXACT_LEVEL}
+        return "MatMulNBits", {"bits": 4, "accuracy_level": level}
     return "MatMulBnb4", {"quant_type": QUANT_TYPES[base.quant]}
 
 
@@ -150,7 +152,7 @@ def same_codes(graph: Path, layers: Mapping[str, CodedLayer]) -> int | None:
     """How many matrices of the graph on disk hold the very bytes of `layers`; None unless all of them do."""
     loaded = onnx.load(graph, load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in loaded.initializer}
-    shipped = [made for made in loaded.node if made.op_type in ("MatMulBnb4", "MatMulNBits")]
+    shipped = [made for made in loaded.node if made.op_type in ("MatMulBnb4", "MatMulNBits") and SPLIT in made.name]
     lacking = set(layers)
     for made in shipped:
         rows = _rows(made.name)

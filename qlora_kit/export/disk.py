@@ -12,11 +12,14 @@ from qlora_kit.adapters.layer import linear_shape
 from qlora_kit.errors import ExportError
 from qlora_kit.export.calibration import linear_layers
 from qlora_kit.export.forms import BITS_8, BUDGET
+from qlora_kit.export.nbits import BLOCK_SIZE
 from qlora_kit.export.rows import ProofRow
 from qlora_kit.train.run_folder import RunFolder
 
-LINEAR_BITS = {"fp32": 32, "int8": BITS_8, "int4": BUDGET, "nf4": 4.5, "int4_exact": 5.2}
-"""Bits of a linear layer's weight; embeddings and other weights take 32. The adapter beside codes is left out."""
+LINEAR_BITS = {"fp32": 32, "int8": BITS_8, "int4": BUDGET, "nf4": 4.5, "int4_exact": 5.2, "int4_fast": 5.2}
+"""Bits of a linear layer's weight. The adapter beside codes is left out."""
+CODED_EMBEDDINGS = ("int8", "int4", "int4_fast")
+"""Where a decoder's head and embedding take 8 bit; elsewhere they take 32, as all weights do that are not linear."""
 SAID_FROM = 1 << 30
 """Less is not worth a word."""
 
@@ -25,13 +28,16 @@ def needed_bytes(model: PreTrainedModel, profiles: Sequence[str], rows: Sequence
     """What the export of a model takes on disk at most: merged folder, bundles, the reference's logits.
 
     Args:
-        rows: of the proof, of which all logits are kept until the end.
+        rows: of the proof, of which all logits are kept until the end; none where the task is not to generate.
     """
     shapes: list[tuple[int, int]] = [linear_shape(layer) for layer in linear_layers(model).values()]
     linear, config = sum(width * out for width, out in shapes), model.config
     vocab = getattr(config, "vocab_size", 0)
-    others = 2 * vocab * getattr(config, "hidden_size", 0)  # embedding and head; the rest is small
-    bundles = sum(linear * LINEAR_BITS[name] / 8 + others * 4 for name in profiles)
+    width = getattr(config, "hidden_size", 0)
+    others = 2 * vocab * width  # embedding and head; the rest is small
+    codes = rows and width % BLOCK_SIZE == 0
+    bits = {name: BITS_8 if codes and name in CODED_EMBEDDINGS else 32 for name in profiles}
+    bundles = sum(linear * LINEAR_BITS[name] + others * bits[name] for name in profiles) / 8
     logits = sum(len(row.input_ids) for row, _ in rows) * vocab * 4
     return int((linear + others) * 4 + bundles + logits)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from qlora_kit.export.codes import CODED_BASES, Coded, CodedLayer
+from qlora_kit.export.codes import CODED_BASES, EXACT_LEVEL, FAST_LEVEL, Coded, CodedLayer
 from qlora_kit.export.grid4 import round_4bit
 from qlora_kit.export.linear import Float, Form, Linear
 from qlora_kit.export.nbits import BLOCK_SIZE, Rounded4, Rounded8
@@ -31,7 +31,7 @@ class Forms:
         packs: whether layers of one input may be one product.
         packs_all: packs gate and up too, whose product is split again; q, k and v need no split.
         shares_head: a head that is the embedding is stored once, as `Float`.
-        shares_codes: the same, as 8-bit codes.
+        embeds_codes: embeddings are 8-bit codes, those of the head where they are one.
     """
 
     other: Form
@@ -39,7 +39,7 @@ class Forms:
     packs: Callable[[list[Linear]], bool] = field(default=lambda linears: True)
     packs_all: bool = False
     shares_head: bool = False
-    shares_codes: bool = False
+    embeds_codes: bool = False
 
 
 def forms_of(profile: str, coded: Mapping[str, CodedLayer], moments: Mapping[str, Tensor]) -> Forms:
@@ -50,24 +50,31 @@ def forms_of(profile: str, coded: Mapping[str, CodedLayer], moments: Mapping[str
         moments: second moments of the inputs of layers, for `int4`.
     """
     if profile in CODED_BASES:
-        return _coded_forms(Coded(coded), packs=profile == "int4_exact")
+        return _coded_forms(profile, coded)
     if profile == "int4":
 
         def choose(linears: list[Linear], weights: MergedWeights) -> Mapping[str, Form]:
             return eight_bit_layers(linears, weights, moments)
 
-        return Forms(Rounded4(moments), choose, shares_codes=True)
-    return Forms(Rounded8()) if profile == "int8" else Forms(Float(), shares_head=True)
+        return Forms(Rounded4(moments), choose, embeds_codes=True)
+    return Forms(Rounded8(), embeds_codes=True) if profile == "int8" else Forms(Float(), shares_head=True)
 
 
-def _coded_forms(coded: Coded, packs: bool) -> Forms:
+def _coded_forms(profile: str, layers: Mapping[str, CodedLayer]) -> Forms:
     """Layers that have codes keep them. Packing saves operators, of which small models at one token have many."""
+    packs, fast = profile != "nf4", profile == "int4_fast"
+    coded = Coded(layers, FAST_LEVEL if fast else EXACT_LEVEL)
 
     def choose(linears: list[Linear], weights: MergedWeights) -> Mapping[str, Form]:
         return {linear.layer: coded for linear in linears if coded.all_of([linear])}
 
     return Forms(
-        Float(), choose, packs=lambda linears: packs and coded.all_of(linears), packs_all=packs, shares_head=True
+        Rounded8() if fast else Float(),
+        choose,
+        packs=lambda linears: packs and coded.all_of(linears),
+        packs_all=packs,
+        shares_head=not fast,
+        embeds_codes=fast,
     )
 
 

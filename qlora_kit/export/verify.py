@@ -45,6 +45,7 @@ PROFILES = {
     "int8": Profile("int8", Tolerance(8.0, 0.90, 1.0, every_greedy_token=True), 1.005, 1.10, exact=False),
     "int4": Profile("int4", Tolerance(30.0, 0.75, 4.0, every_greedy_token=True), 1.10, 1.25, exact=False),
     "nf4": Profile("nf4", Tolerance(1e-3, 0.995, 2e-3, every_greedy_token=True), 1.002, 1.002, exact=True),
+    "int4_fast": Profile("int4_fast", Tolerance(8.0, 0.90, 1.0, every_greedy_token=True), 1.005, 1.10, exact=False),
     "int4_exact": Profile(
         "int4_exact", Tolerance(1e-3, 0.995, 2e-3, every_greedy_token=True), 1.002, 1.002, exact=True
     ),

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from qlora_kit.export.forms import Forms
 from qlora_kit.export.linear import DataFile, Linear
-from qlora_kit.export.nbits import BLOCK_SIZE, lookup_nodes
+from qlora_kit.export.nbits import BLOCK_SIZE, embedding_nodes, lookup_nodes
 from qlora_kit.export.parameters import MergedWeights, Rows, rows_of
 
 MayPack = Callable[[list[Linear]], bool]
@@ -125,14 +125,14 @@ class DecoderGraph:
         """Writes the graph to `target` and its weights beside it, into a file called TARGET_data."""
         linears = self.linears()
         chosen = forms.choose(linears, self.weights)
-        heads = {linear.rows: linear for linear in linears} if forms.shares_codes else {}
+        heads = {linear.rows: linear for linear in linears}
         with DataFile(target.with_name(f"{target.name}_data")) as data:
             nodes: list[onnx.NodeProto] = []
             for node in self.model.graph.node:
                 if linear := self.linear(node):
                     nodes += chosen.get(linear.layer, forms.other).write(linear, self.weights, data)
                 else:
-                    nodes += self._looked_up(node, heads, data)
+                    nodes += self._looked_up(node, heads, data) if forms.embeds_codes else [node]
             nodes = [*data.casts, *nodes]
             for name in dict.fromkeys(name for node in nodes for name in node.input):
                 if name in self.held:
@@ -147,12 +147,14 @@ class DecoderGraph:
     def _looked_up(
         self, node: onnx.NodeProto, heads: dict[tuple[Rows, ...], Linear], data: DataFile
     ) -> list[onnx.NodeProto]:
-        """The node; an embedding that is also one of `heads` reads that one's codes."""
+        """The node; of an embedding what reads 8-bit codes, those of the one of `heads` that it is."""
         table = self.parameters.get(node.input[0]) if node.op_type == "Gather" else None
-        if table is None or table.rows not in heads:
+        in_features = self._tensors[node.input[0]].dims[1] if table else 0
+        if table is None or in_features % BLOCK_SIZE:
             return [node]
-        in_features = self._tensors[node.input[0]].dims[1]
-        return [node] if in_features % BLOCK_SIZE else lookup_nodes(node, heads[table.rows], in_features, data)
+        if head := heads.get(table.rows):
+            return lookup_nodes(node, head, in_features, data)
+        return embedding_nodes(node, self.weights.read(table.rows[0]), data)
 
     def _array(self, parameter: Parameter) -> np.ndarray:
         weight = torch.cat([self.weights.read(rows) for rows in parameter.rows])

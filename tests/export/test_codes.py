@@ -1,4 +1,4 @@
-"""The profiles nf4 and int4_exact: the training base's own codes in the bundle, the adapter beside them."""
+"""The profiles nf4, int4_exact and int4_fast: the training base's own codes in the bundle, the adapter beside them."""
 
 from __future__ import annotations
 
@@ -146,12 +146,16 @@ def test_codes_of_the_training_base_ship(trained_run: Path, tmp_path: Path) -> N
 def test_codes_of_an_int4_base_ship(tmp_path: Path, method: str) -> None:
     model = save_tiny_model(tmp_path / "model", "llama")
     run = train(write_recipe(tmp_path, model, base={"quant": "int4"}, adapter={"method": method}))
-    found: Any = export_run(RunFolder(run), QUIET, ["int4_exact"])["int4_exact"]
-    assert found.identical_codes == 14 and found.max_logit < 1e-4 and found.top1_agreement == 1
-    nodes = onnx.load(run / "bundles" / "int4_exact" / "onnx" / "model.onnx").graph.node
-    frozen = [node for node in nodes if node.op_type == "MatMulNBits"]
-    levels = [attribute.i for node in frozen for attribute in node.attribute if attribute.name == "accuracy_level"]
-    assert levels == [0] * 8  # q, k and v are one product, gate and up another
+    found: Any = export_run(RunFolder(run), QUIET, ["int4_exact", "int4_fast"])
+    exact, fast = found["int4_exact"], found["int4_fast"]
+    assert exact.identical_codes == fast.identical_codes == 14 and exact.top1_agreement == 1
+    assert exact.max_logit < 1e-4 < fast.max_logit < 0.1 * exact.reference_perplexity
+    for name, expected in (("int4_exact", [0] * 8), ("int4_fast", [4] * 8 + [4])):  # 4 + 4 products, and the head
+        nodes = onnx.load(run / "bundles" / name / "onnx" / "model.onnx").graph.node
+        frozen = [node for node in nodes if node.op_type == "MatMulNBits"]
+        levels = [attribute.i for node in frozen for attribute in node.attribute if attribute.name == "accuracy_level"]
+        assert levels == expected
+        assert any(node.op_type == "GatherBlockQuantized" for node in nodes) == (name == "int4_fast")
 
 
 @pytest.mark.slow
