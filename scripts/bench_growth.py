@@ -2,7 +2,7 @@
 
     python scripts/bench_growth.py [--seeds 0 1 2] [--steps 100]
 
-Rank 16 from the start; rank 4 that grows to 16 at half of the steps; rank 4. All scale by 2. And what growing does to
+Rank 16 from the start; rank 4 that grows to 16 at half of the steps, or early, after 15% of them; rank 4. All scale by 2. And what growing does to
 the loss at that moment: of the run of rank 4, in fp32, before and after its adapter grows.
 Writes benchmarks/growth.json and .md.
 """
@@ -19,6 +19,7 @@ from bench_runs import RESULTS, against, environment, hardware_line, manifest, m
 VARIANTS = {
     "16": ["adapter.rank=16", "adapter.alpha=32.0"],
     "4 to 16": ["adapter.rank=4", "adapter.alpha=8.0", "adapter.growth=[{at: 0.5, rank: 16}]"],
+    "4 to 16 early": ["adapter.rank=4", "adapter.alpha=8.0", "adapter.growth=[{at: 0.15, rank: 16}]"],
     "4": ["adapter.rank=4", "adapter.alpha=8.0"],
 }
 ROWS = 8  # a step
