@@ -2,8 +2,8 @@
 
     python scripts/bench_growth.py [--seeds 0 1 2] [--steps 100]
 
-Rank 16 from the start; rank 4 that grows to 16 at half of the steps, or early, after 15% of them; rank 4. All scale by 2. And what growing does to
-the loss at that moment: of the run of rank 4, in fp32, before and after its adapter grows.
+Rank 16 from the start; rank 4 that grows to 16 at half of the steps, or early, after 15% of them; rank 4. All scale by
+2. And what growing does to the loss at that moment: of the run of rank 4, in fp32, before and after its adapter grows.
 Writes benchmarks/growth.json and .md.
 """
 
