@@ -147,7 +147,7 @@ def speed(make: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def quality(make: Any, rows: list[dict[str, Any]], reference: Logits) -> dict[str, Any]:
     """Distances from the reference over all positions, and each row's loss."""
     engine: Engine = make(answers=False)
-    start, sums, losses = 0, np.zeros(4), []
+    start, sums, losses, right = 0, np.zeros(4), [], []
     for row in rows:
         ids = row["input_ids"]
         ours, theirs = engine.logits(ids), np.array(reference[start : start + len(ids)])
@@ -164,12 +164,14 @@ def quality(make: Any, rows: list[dict[str, Any]], reference: Logits) -> dict[st
         places = np.array(row["loss_positions"])
         targets = np.array(ids)[places + 1]
         losses.append([float(-log[places, targets].sum()) for log in (log_q, log_p)] + [len(places)])
+        right.append(bool((ours[places].argmax(1) == targets).all()))
     return {
         "mean_logit": sums[0] / start,
         "mean_kl": sums[1] / start,
         "top1_agreement": sums[2] / start,
         "max_logit": sums[3],
         "row_losses": losses,
+        "right": right,
     }
 
 
