@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlora_kit.adapter_tools.sources import Source, check_new, check_same_base, write_new
 from qlora_kit.adapters.combine import Combination, Combined, combine
-from qlora_kit.adapters.deltas import delta_tensors, other_tensors, read_deltas
+from qlora_kit.adapters.deltas import delta_tensors, layer_ranks, other_tensors, read_deltas, read_places
 from qlora_kit.adapters.files import PREFIX
 from qlora_kit.adapters.method import DTYPES
 from qlora_kit.adapters.peft_config import unscaled_config
@@ -39,8 +39,10 @@ def combine_sources(
     if not force:
         check_same_base(sources)
     layers = combine([read_deltas(source.stored, source.folder) for source in sources], weights, combination)
-    full = _in_full(sources, list(layers))
     found = {name: layer.delta for name, layer in layers.items()}
+    places = {name: place for source in sources for name, place in read_places(source.stored).items()}
+    ranks = layer_ranks(found, places)
+    full = _in_full(sources, list(ranks))
     note = {
         "format": FORMAT,
         **asdict(combination),
@@ -48,8 +50,8 @@ def combine_sources(
         "taken_in_full": sorted(full),
         "layers": {name: _measured(layer) for name, layer in layers.items()},
     }
-    config = unscaled_config({name: delta.rank for name, delta in found.items()}, _config(sources, list(layers)))
-    write_new(target, config, delta_tensors(found, DTYPES[combination.dtype]) | full, {NOTE: note})
+    config = unscaled_config(ranks, _config(sources, list(ranks)))
+    write_new(target, config, delta_tensors(found, places, DTYPES[combination.dtype]) | full, {NOTE: note})
     return note
 
 

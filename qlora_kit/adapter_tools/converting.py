@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.adapter_tools.sources import DEFAULTS, Source, as_lora, check_new, write_new
-from qlora_kit.adapters.deltas import A, B, delta_tensors, other_tensors, read_deltas
+from qlora_kit.adapters.deltas import delta_tensors, layer_ranks, other_tensors, read_deltas, read_places
 from qlora_kit.adapters.method import DTYPES, dtype_name
 from qlora_kit.adapters.peft_config import unscaled_config
 from qlora_kit.errors import AdapterError
@@ -30,7 +30,7 @@ def convert(source: Source, target: Path, rank: int | None = None, dtype: str | 
     dtype = dtype or dtype_name(stored.tensors, (".lora_",))
     config, lost = stored.config, dict.fromkeys(deltas, 0.0)
     if rank is None:
-        factors = {key: tensor.to(DTYPES[dtype]) for key, tensor in stored.tensors.items() if key.endswith((A, B))}
+        factors = {key: tensor.to(DTYPES[dtype]) for key, tensor in stored.tensors.items() if ".lora_" in key}
     else:
         most = max(delta.rank for delta in deltas.values())
         if not 1 <= rank <= most:
@@ -38,7 +38,8 @@ def convert(source: Source, target: Path, rank: int | None = None, dtype: str | 
         cut = {name: delta.truncated(min(rank, delta.rank)) for name, delta in deltas.items()}
         lost = {name: share for name, (_, share) in cut.items()}
         smaller = {name: delta for name, (delta, _) in cut.items()}
-        ranks = {name: delta.rank for name, delta in smaller.items()}
-        factors, config = delta_tensors(smaller, DTYPES[dtype]), unscaled_config(ranks, DEFAULTS | config)
+        places = read_places(stored)
+        factors = delta_tensors(smaller, places, DTYPES[dtype])
+        config = unscaled_config(layer_ranks(smaller, places), DEFAULTS | config)
     write_new(target, config, factors | other_tensors(stored, source.folder), {})
     return {"folder": str(target), "dtype": dtype, "rank": rank, "lost": lost}

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_kit.adapter_tools.sources import Source, as_lora
-from qlora_kit.adapters.deltas import A, B, Delta, read_deltas
-from qlora_kit.adapters.files import PREFIX
+from qlora_kit.adapters.deltas import Delta, read_deltas, read_places
 from qlora_kit.adapters.layer import LINEAR, weight_expander
 from qlora_kit.adapters.spectrum import amplification, directions, effective_rank, energy_rank, overlap
 from qlora_kit.errors import AdapterError, QloraKitError
@@ -124,20 +123,10 @@ def inspect(adapter: Source, other: Source | None = None, base: bool = False) ->
 def _linear_deltas(source: Source, notes: list[str]) -> dict[str, Delta]:
     """Of linear layers, to the plain base; a note names others, whose delta is no matrix of the layer's own shape."""
     stored = as_lora(source)
-    others = {
-        _layer_of(key)
-        for key, tensor in stored.tensors.items()
-        if ".lora_embedding_" in key or (".lora_" in key and (tensor.dim() != 2 or not key.endswith((A, B))))
-    }
-    if not others:
-        return read_deltas(stored, source.folder)
-    notes.append(f"{source.folder}: left out, as they are no linear layers: {', '.join(sorted(others))}")
-    kept = {key: tensor for key, tensor in stored.tensors.items() if _layer_of(key) not in others}
-    return read_deltas(replace(stored, tensors=kept), source.folder)
-
-
-def _layer_of(key: str) -> str:
-    return key.removeprefix(PREFIX).partition(".lora_")[0]
+    places = read_places(stored)
+    if others := {place.layer for place in places.values() if not place.is_linear}:
+        notes.append(f"{source.folder}: left out, as they are no linear layers: {', '.join(sorted(others))}")
+    return {name: delta for name, delta in read_deltas(stored, source.folder).items() if places[name].is_linear}
 
 
 def _measure(name: str, delta: Delta, other: Delta | None, read_weight: ReadWeight | None) -> Layer:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qlora_kit.adapters.files import CONFIG, PREFIX
 from qlora_kit.adapters.lora import Lora
@@ -14,6 +17,29 @@ from qlora_kit.adapters.peft_format import StoredAdapter
 from qlora_kit.errors import AdapterError
 
 A, B = ".lora_A.weight", ".lora_B.weight"
+FACTOR = re.compile(r"(.+)\.lora_(embedding_)?[AB](?:\.(weight\w*))?")
+"""A factor's key, without PEFT's prefix: of a linear layer, convolution, embedding, or a weight of an LSTM or GRU."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a delta's factors lie in a file.
+
+    Attributes:
+        layer: its name; an LSTM or GRU has several deltas, of one rank.
+        a, b: keys of the factors, with PEFT's prefix.
+        kernel: of a convolution, whose a is [rank, in, *kernel] and whose b ends in as many ones.
+    """
+
+    layer: str
+    a: str
+    b: str
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the delta is one of a linear layer's weight [out, in]."""
+        return self.a.endswith(A) and not self.kernel
 
 
 @dataclass(frozen=True)
@@ -92,8 +118,24 @@ def nearest(matrix: Tensor, rank: int) -> tuple[Delta, float]:
     return Delta(a / root.clamp_min(1e-30)[:, None], b * root), lost.item()
 
 
+def read_places(stored: StoredAdapter) -> dict[str, Place]:
+    """Where the deltas of a stored LoRA adapter lie, by the names that `read_deltas` gives them."""
+    places: dict[str, Place] = {}
+    for key in sorted(stored.tensors):
+        if found := FACTOR.fullmatch(key.removeprefix(PREFIX)):
+            layer, kind, weight = found.groups(default="")
+            ending = f".{weight}" if weight else ""
+            a, b = (f"{PREFIX}{layer}.lora_{kind}{side}{ending}" for side in "AB")
+            kernel = tuple(stored.tensors[a].shape[2:]) if a in stored.tensors else ()
+            places[layer if weight in ("", "weight") else layer + ending] = Place(layer, a, b, kernel)
+    return places
+
+
 def read_deltas(stored: StoredAdapter, origin: Path) -> dict[str, Delta]:
-    """Layer name to delta of a stored LoRA adapter, in fp32, whatever it is stored in.
+    """Name to delta of a stored LoRA adapter, in fp32, whatever it is stored in.
+
+    Named as the layer is; of an LSTM or GRU each weight has one, LAYER.WEIGHT. A convolution's is that of its kernels
+    laid flat, [out, in · kernel]; an embedding's that of its transpose, [dim, vocab].
 
     Raises:
         AdapterError: it is of another method, or a tensor is missing, does not fit the configuration or is not finite.
@@ -105,12 +147,11 @@ def read_deltas(stored: StoredAdapter, origin: Path) -> dict[str, Delta]:
             fix="Of the others only PiSSA, LoftQ and QA-LoRA become such, by qlora-kit adapters convert",
         )
     settings = Lora.read_config(stored.config, stored.tensors, origin / CONFIG)
-    deltas = {}
     other_tensors(stored, origin)
-    keys = sorted(key.removeprefix(PREFIX) for key in stored.tensors if key.endswith((A, B)))
-    for name in dict.fromkeys(key.removesuffix(A).removesuffix(B) for key in keys):
-        a, b = (_factor(stored, PREFIX + name + ending, origin) for ending in (A, B))
-        layer = settings.for_layer(name)
+    deltas = {}
+    for name, place in read_places(stored).items():
+        a, b = (_factor(stored, key, origin) for key in (place.a, place.b))
+        layer = settings.for_layer(place.layer)
         if not len(a) == b.shape[1] == layer.rank:
             raise AdapterError(
                 f"{origin}: {name}: ranks of lora_A and lora_B",
@@ -122,33 +163,50 @@ def read_deltas(stored: StoredAdapter, origin: Path) -> dict[str, Delta]:
 
 
 def _factor(stored: StoredAdapter, key: str, origin: Path) -> Tensor:
+    """float [rank, in · kernel], or [out, rank]."""
     tensor = stored.tensors.get(key)
     if tensor is None:
         raise AdapterError(f"{origin}: tensor {key} is missing", fix="Save the adapter again")
-    if tensor.dim() != 2:
-        raise AdapterError(f"{origin}: {key} is of no linear layer, which is not supported", got=list(tensor.shape))
+    if tensor.dim() < 2:
+        raise AdapterError(f"{origin}: shape of {key}", got=list(tensor.shape), allowed="a matrix or a kernel")
     if not torch.isfinite(tensor).all():
         raise AdapterError(f"{origin}: {key} holds NaN or Inf", fix="Use an earlier checkpoint")
-    return tensor
+    return tensor.flatten(1)
 
 
 def other_tensors(stored: StoredAdapter, origin: Path) -> dict[str, Tensor]:
     """What an adapter holds beside its deltas: modules trained in full and trained biases, by PEFT's names.
 
     Raises:
-        AdapterError: among them are LoRA factors of something that is no linear layer.
+        AdapterError: among them are LoRA tensors of something unknown.
     """
-    found = {key: tensor for key, tensor in stored.tensors.items() if not key.endswith((A, B))}
+    factors = {key for place in read_places(stored).values() for key in (place.a, place.b)}
+    found = {key: tensor for key, tensor in stored.tensors.items() if key not in factors}
     strange = next((key for key in found if ".lora_" in key), None)
     if strange:
-        raise AdapterError(f"{origin}: {strange} is of no linear layer, which is not supported")
+        raise AdapterError(f"{origin}: {strange} is no factor of a delta, which is not supported")
     return found
 
 
-def delta_tensors(deltas: dict[str, Delta], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The factors by PEFT's names, in `dtype`; their scaling belongs to the configuration."""
-    tensors = {}
+def layer_ranks(deltas: Mapping[str, Delta], places: Mapping[str, Place]) -> dict[str, int]:
+    """Layer name to its rank: the largest of its deltas'."""
+    ranks: dict[str, int] = {}
     for name, delta in deltas.items():
-        tensors[PREFIX + name + A] = delta.a.to(dtype).contiguous()
-        tensors[PREFIX + name + B] = delta.b.to(dtype).contiguous()
+        layer = places[name].layer
+        ranks[layer] = max(delta.rank, ranks.get(layer, 0))
+    return ranks
+
+
+def delta_tensors(deltas: Mapping[str, Delta], places: Mapping[str, Place], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The factors as they lie in a file, in `dtype`; their scaling belongs to the configuration.
+
+    Where a layer has several, those of a smaller rank are filled up with zeros.
+    """
+    ranks, tensors = layer_ranks(deltas, places), {}
+    for name, delta in deltas.items():
+        place = places[name]
+        filled = ranks[place.layer] - delta.rank
+        a, b = pad(delta.a, (0, 0, 0, filled)).to(dtype), pad(delta.b, (0, filled)).to(dtype)
+        tensors[place.a] = a.reshape(len(a), -1, *place.kernel).contiguous()
+        tensors[place.b] = b.reshape(*b.shape, *(1 for _ in place.kernel)).contiguous()
     return dict(sorted(tensors.items()))

@@ -14,7 +14,7 @@ from qlora_kit.train.optim import lr_at
 
 EAGERNESS = 1.5
 """What the first steps of a run move is worth more than later ones: of 1, 1.5 and 2.5, on GSM8K."""
-HIGHEST_GAIN = 4.0
+HIGHEST_GAIN = 2.5
 """At ten times the size gradients grew to thirty times their norm, and one of two runs ended worse for it."""
 
 if TYPE_CHECKING:

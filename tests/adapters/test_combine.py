@@ -13,7 +13,15 @@ from peft.utils import merge_utils
 from tiny_models import tiny_model
 
 from qlora_kit.adapters.combine import RULES, Combination, Rule, combine, merge_tensors
-from qlora_kit.adapters.deltas import Delta, concatenate, delta_tensors, nearest, other_tensors, read_deltas
+from qlora_kit.adapters.deltas import (
+    Delta,
+    concatenate,
+    delta_tensors,
+    nearest,
+    other_tensors,
+    read_deltas,
+    read_places,
+)
 from qlora_kit.adapters.files import write_adapter
 from qlora_kit.adapters.peft_config import unscaled_config
 from qlora_kit.adapters.peft_format import read_adapter
@@ -196,7 +204,7 @@ def test_logits_are_those_of_pefts_add_weighted_adapter(tmp_path: Path, arch: st
     write_adapter(
         tmp_path / "sum",
         unscaled_config({name: delta.rank for name, delta in found.items()}, like),
-        delta_tensors(found, torch.float32),
+        delta_tensors(found, read_places(stored[0]), torch.float32),
     )
     ours = peft.PeftModel.from_pretrained(tiny_model(arch), str(tmp_path / "sum"))
     assert (logits(ours) - logits(tiny_model(arch))).abs().max() > 0.05
@@ -255,5 +263,8 @@ def test_stored_adapters_that_are_not_whole(tmp_path: Path) -> None:
         stored.tensors[name] = good
     assert other_tensors(stored, folder) == {}
     stored.tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(2, 3)
-    with pytest.raises(AdapterError, match="lora_embedding_A is of no linear layer"):
+    with pytest.raises(AdapterError, match=r"embed_tokens\.lora_embedding_B is missing"):
+        read_deltas(stored, folder)
+    stored.tensors["base_model.model.model.embed_tokens.lora_magnitude_vector"] = torch.zeros(2)
+    with pytest.raises(AdapterError, match="lora_magnitude_vector is no factor of a delta"):
         other_tensors(stored, folder)

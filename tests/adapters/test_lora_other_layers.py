@@ -14,6 +14,11 @@ from tiny_models import tiny_ids, tiny_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from qlora_kit.adapter_tools.combining import combine_sources
+from qlora_kit.adapter_tools.converting import convert
+from qlora_kit.adapter_tools.sources import open_source
+from qlora_kit.adapters.combine import Combination
+from qlora_kit.adapters.files import WEIGHTS
 from qlora_kit.adapters.inject import adapted_layers, trainable_parameters
 from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.lora_conv import LoraConv
@@ -225,6 +230,54 @@ def test_convolutions_and_embedding_in_peft_and_back(tmp_path: Path) -> None:
     again = tagger()
     load_adapter(again, tmp_path / "theirs")
     torch.testing.assert_close(out(again), out(theirs), rtol=0, atol=1e-5)
+
+
+def saved(folder: Path, recurrent: type[nn.LSTM] | type[nn.GRU], rank: int, seed: int) -> dict[str, Tensor]:
+    """Writes an adapter of all its layers; returns what it adds to each weight."""
+    model = tagger(recurrent=recurrent)
+    method = Lora(SETTINGS.model_copy(update={"target_modules": [*TARGETS, "memory"], "rank": rank}))
+    method.inject(model)
+    torch.manual_seed(seed)
+    for parameter in trainable_parameters(model).values():
+        parameter.data.add_(0.3 * torch.randn(parameter.shape))
+    save_adapter(model, method, folder, "tagger")
+    return added(model)
+
+
+def added(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": delta
+        for name, layer in adapted_layers(model)
+        for key, (_, delta) in layer.merged_weights().items()
+    }
+
+
+def loaded(folder: Path, recurrent: type[nn.LSTM] | type[nn.GRU]) -> dict[str, Tensor]:
+    model = tagger(recurrent=recurrent)
+    load_adapter(model, folder)
+    return added(model)
+
+
+@pytest.mark.parametrize("recurrent", [nn.LSTM, nn.GRU])
+def test_deltas_of_all_layers_are_combined_and_cut(tmp_path: Path, recurrent: type[nn.LSTM] | type[nn.GRU]) -> None:
+    parts = [saved(tmp_path / name, recurrent, rank, seed) for name, rank, seed in (("a", 3, 1), ("b", 2, 2))]
+    sources = [open_source(tmp_path / name) for name in "ab"]
+    combine_sources(sources, [0.7, -0.4], tmp_path / "both", Combination("cat"))
+    whole = loaded(tmp_path / "both", recurrent)
+    assert whole.keys() == parts[0].keys() and len(whole) == 4 + 8
+    for name, delta in whole.items():
+        torch.testing.assert_close(delta, 0.7 * parts[0][name] - 0.4 * parts[1][name], rtol=0, atol=1e-5)
+
+    combine_sources(sources, [0.7, -0.4], tmp_path / "cut", Combination("ties_svd", rank=4, density=1.0))
+    convert(open_source(tmp_path / "both"), tmp_path / "small", rank=2)
+    assert {len(tensor) for tensor in load_file(tmp_path / "small" / WEIGHTS).values() if tensor.shape[1] == 23} == {2}
+    for name, delta in loaded(tmp_path / "small", recurrent).items():
+        flat = whole[name].flatten(1)
+        u, s, vh = torch.linalg.svd(flat, full_matrices=False)
+        torch.testing.assert_close(delta.flatten(1), u[:, :2] * s[:2] @ vh[:2], rtol=0, atol=1e-4)
+    assert loaded(tmp_path / "cut", recurrent).keys() == whole.keys()  # of layers with fewer rows than ranks, too
+    convert(open_source(tmp_path / "both"), tmp_path / "rounded", dtype="bf16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "rounded" / WEIGHTS).values()} == {torch.bfloat16}
 
 
 EMBEDDINGS = {
