@@ -15,7 +15,7 @@ from qlora_kit.train.optim import lr_at
 EAGERNESS = 1.5
 """What the first steps of a run move is worth more than later ones: of 1, 1.5 and 2.5, on GSM8K."""
 HIGHEST_GAIN = 2.5
-"""At ten times the size gradients grew to thirty times their norm, and one of two runs ended worse for it."""
+"""More did harm where little is left to learn: from half of a run on sentiment, 4 and 10 ended worse than 1."""
 
 if TYPE_CHECKING:
     from qlora_kit.train.session import Session
