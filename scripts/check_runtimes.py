@@ -86,7 +86,7 @@ def _report(options: argparse.Namespace, found: dict[str, Any]) -> None:
     env = this_machine()
     table = (
         "# The same greedy text from every runtime\n\n"
-        f"Answers to {len(PROMPTS)} chats, of up to {options.tokens} tokens, that are the same as plain onnxruntime's.\n\n"
+        f"Answers to {len(PROMPTS)} chats, up to {options.tokens} tokens each, that are plain onnxruntime's.\n\n"
         f"| profile | tokens | {' | '.join(PEERS)} |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"`python scripts/check_runtimes.py BUNDLE ... --node PATH` on {hardware_line(env)}"
     )
