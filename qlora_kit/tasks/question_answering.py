@@ -34,8 +34,9 @@ class QuestionAnswering(Task[QuestionAnsweringSettings]):
 
     auto_class = "AutoModelForQuestionAnswering"
 
-    def check_base(self, model_type: str) -> None:
+    def check_base(self, config: Mapping[str, Any]) -> None:
         """Raises ModelError for a decoder: it writes no [CLS], and reads a question without what follows it."""
+        model_type = config.get("model_type")
         if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             raise ModelError(
                 "task.type question_answering cannot be taught to a decoder",

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_kit.data.examples import RowError
 from qlora_kit.data.masking import IGNORED, Encoded
 from qlora_kit.data.task_examples import SourceTarget
-from qlora_kit.errors import DataError
+from qlora_kit.errors import DataError, ModelError
 from qlora_kit.recipe import DataSection
 from qlora_kit.task_settings import Seq2SeqSettings
 from qlora_kit.tasks.encoding import encode_texts
@@ -44,6 +46,18 @@ class Seq2Seq(Task[Seq2SeqSettings]):
         source = self.settings.source_prefix + example.source
         row = encode_texts(source, None, labels[:limit], tokenizer, section)
         return [replace(row, truncated=row.truncated or len(labels) > limit)]
+
+    def check_base(self, config: Mapping[str, Any]) -> None:
+        """Raises ModelError for an encoder or a decoder alone. Kinds that transformers does not have are let through:
+        they may bring their own code."""
+        model_type, encoder_decoders = config.get("model_type"), MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        if model_type in CONFIG_MAPPING_NAMES and model_type not in encoder_decoders:
+            raise ModelError(
+                "task.type seq2seq cannot be taught to this base: it is no encoder-decoder",
+                got=model_type,
+                allowed="encoder-decoders such as T5, BART",
+                fix="Take such a base, or with a decoder task.type: causal_lm, the target as completion",
+            )
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises DataError where targets may be longer than the decoder's positions."""

@@ -114,8 +114,9 @@ class Task(Generic[S]):
         said = [self.labels[k] for k in row.labels] if self.labels else [tokenizer.decode(row.labels)]
         return f"{row.file or tokenizer.decode(row.input_ids)}\n→ {', '.join(said)}"
 
-    def check_base(self, model_type: str) -> None:
-        """Raises a ModelError, before anything is loaded, for a kind of base that the task cannot be taught."""
+    def check_base(self, config: Mapping[str, Any]) -> None:
+        """Raises a ModelError, before anything is loaded, where the base's config.json says that it is of a kind that
+        the task cannot be taught."""
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises a DataError or ModelError where the task and this model, its adapter in it, do not go together."""

@@ -24,7 +24,7 @@ from qlora_kit.errors import DataError, TrainingError
 from qlora_kit.model.source import BaseSource, find_base
 from qlora_kit.recipe import Recipe
 from qlora_kit.recipe_file import recipe_to_tree
-from qlora_kit.tasks.registry import prepare_task
+from qlora_kit.tasks.registry import prepare_task, task_of
 from qlora_kit.tasks.task import Task
 from qlora_kit.train.adapted_model import (
     add_gradients_in_fp32,
@@ -129,9 +129,9 @@ def start_session(recipe: Recipe, run: RunFolder, watch: PeakWatch | None = None
     threads = make_deterministic(accelerator.device, recipe.train.threads)
     with accelerator.main_process_first():  # it fills the caches that the others read
         source = find_base(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
+        task_of(recipe.task).check_base(PretrainedConfig.get_config_dict(source.folder)[0])
         tokenizer = prepared_tokenizer(recipe, source.folder)
         task = prepare_task(recipe.task, recipe.data)
-        task.check_base(PretrainedConfig.get_config_dict(source.folder)[0].get("model_type", ""))
         data = prepare(recipe.data, tokenizer, recipe.run.seed, task)
     total_steps = count_steps(recipe, data, accelerator.num_processes)
     check_growth(recipe.adapter, total_steps)

@@ -20,6 +20,8 @@ from qlora_kit.errors import DataError, ModelError
 from qlora_kit.model.load import load_base
 from qlora_kit.model.quantized import QuantizedLinear
 from qlora_kit.model.source import find_base
+from qlora_kit.task_settings import TASKS
+from qlora_kit.tasks.registry import task_of
 from qlora_kit.tasks.task import without_labels
 from qlora_kit.train.adapted_model import architecture_of
 from qlora_kit.train.loop import train
@@ -180,3 +182,26 @@ def test_decoders_are_refused_for_questions(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match=message):
         trained(task_recipe(tmp_path, llama, SETTINGS["question_answering"]))
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "message"),
+    [
+        ("causal_lm", {"model_type": "roberta"}, r"causal_lm cannot.*encoder.*\(got 'roberta'\)\. Allowed: decoders"),
+        ("seq2seq", {"model_type": "bert"}, r"seq2seq cannot.*no encoder-decoder \(got 'bert'\)\. Allowed.*T5, BART"),
+        ("seq2seq", {"model_type": "llama"}, r"seq2seq cannot.*\(got 'llama'\).*causal_lm, the target as completion"),
+    ],
+)
+def test_bases_of_another_kind_are_refused(task: str, config: dict[str, str], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        task_of(TASKS[task].model_validate({})).check_base(config)
+
+
+def test_the_kind_of_base_is_looked_at_before_its_tokenizer(tmp_path: Path, models: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match=r"no encoder-decoder \(got 'bert'\)"):
+        trained(task_recipe(tmp_path, models["bert"], SETTINGS["seq2seq"]))  # which has no eos_token
+
+
+@pytest.mark.parametrize("config", [{"model_type": "roberta", "is_decoder": True}, {"model_type": "bart"}, {}])
+def test_decoders_and_unknown_kinds_are_let_through(config: dict[str, Any]) -> None:
+    task_of(TASKS["causal_lm"].model_validate({})).check_base(config)
