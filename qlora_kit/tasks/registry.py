@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_kit.data.examples import RowError
 from qlora_kit.data.sources import read_rows
+from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSection
 from qlora_kit.task_settings import TaskSettings
 from qlora_kit.tasks.causal_lm import CausalLm
@@ -44,26 +45,34 @@ def prepare_task(settings: TaskSettings, section: DataSection) -> Task[Any]:
     """The task with the labels of its training rows, which are read for that once.
 
     Raises:
-        DataError: a source cannot be read, or its labels make no task.
+        DataError: a source cannot be read, or its labels make no task; where wrong rows are why, the first of them.
     """
-    task = task_of(settings)
+    task, wrong = task_of(settings), list[RowError]()
     if not task.has_labels:
         return task
-    examples = list(_examples(task, section))
+    examples = list(_examples(task, section, wrong))
     if not task.labels:
-        task = task_of(settings, task.find_labels(examples))
+        try:
+            labels = task.find_labels(examples)
+        except DataError as error:
+            if not wrong:
+                raise
+            if section.bad_rows == "error":
+                raise wrong[0] from None
+            raise DataError(f"{error} {len(wrong)} rows are left out, the first: {wrong[0]}") from None
+        task = task_of(settings, labels)
     task.weigh(examples)
     return task
 
 
-def _examples(task: Task[Any], section: DataSection) -> Iterator[Any]:
-    """All training examples; rows that cannot be used are left to the reading that counts them."""
+def _examples(task: Task[Any], section: DataSection, wrong: list[RowError]) -> Iterator[Any]:
+    """All training examples; rows that cannot be used go to `wrong`, and are left to the reading that counts them."""
     for source in section.sources():
         parser = task.parser(section, source)
         for raw in read_rows(source):
-            if isinstance(raw.value, RowError):
-                continue
             try:
+                if isinstance(raw.value, RowError):
+                    raise raw.value
                 yield parser.parse(raw.number, raw.value)
-            except RowError:
-                continue
+            except RowError as error:
+                wrong.append(error.at(f"{source.path} row {raw.number}"))

@@ -85,6 +85,20 @@ def test_equal_texts_cannot_be_held_out(tmp_path: Path) -> None:
         prepare(section, tiny_wordpiece(), 0, task)
 
 
+@pytest.mark.parametrize(
+    ("bad_rows", "message"),
+    [
+        ("error", r"^\S+rows\.conll row 1: tags\[0\] of 'EU' is I-ORG after O: the span has no beginning.*repair"),
+        ("skip", r"1 tags: nothing to tell apart.*2 rows are left out, the first: \S+rows\.conll row 1: tags\[0\] of"),
+    ],
+)
+def test_wrong_rows_are_named_where_they_leave_no_labels(tmp_path: Path, bad_rows: str, message: str) -> None:
+    (tmp_path / "rows.conll").write_text("EU I-ORG\nsays O\n\nBonn I-LOC\n\nso O\n", encoding="utf-8")  # IOB1
+    section = DataSection.model_validate({"train": str(tmp_path / "rows.conll"), "bad_rows": bad_rows})
+    with pytest.raises(DataError, match=message):
+        prepare_task(TASKS["tagging"].model_validate({}), section)
+
+
 @pytest.mark.parametrize("kind", TASKS)
 def test_every_task_has_its_class(kind: str) -> None:
     settings: Any = TASKS[kind].model_validate({})
