@@ -5,6 +5,7 @@ onnxruntime is loaded inside the verbs, so that --help answers at once.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     options = build_parser().parse_args(arguments)
     try:
-        return int(options.verb(options))
+        code = int(options.verb(options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output has left, as `head` does, with some of it unsaid
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR
     except (BundleError, OSError) as error:
         line = " ".join(str(error).split())
         print(f"qlora-runtime: {type(error).__name__}: {line}", file=sys.stderr)

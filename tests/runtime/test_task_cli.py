@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -55,6 +57,15 @@ def test_classify_a_csv_file_into_another(capsys, task_bundle, tmp_path):
     assert [(row["id"], row["review"]) for row in rows] == [(str(k), text) for k, text in enumerate(texts)]
     for row, expected in zip(rows, bundle.classify(texts), strict=True):
         assert tuple(json.loads(row["labels"])) == expected.labels
+
+
+def test_a_reader_that_leaves_is_told_nothing(task_bundle, tmp_path):
+    rows = write_lines(tmp_path / "in.jsonl", [{"text": TEXTS[0]}])
+    bundle = task_bundle("bert classifies").directory
+    command = [sys.executable, "-m", "qlora_runtime.cli", "classify", str(bundle), "--input", str(rows)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as `head -0` does
+        assert process.stderr.read() == b"" and process.wait(60) == 2
 
 
 def test_rate_a_file(capsys, task_bundle, tmp_path):
