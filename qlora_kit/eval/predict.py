@@ -114,11 +114,18 @@ def _usable(
             row = predictor.read(raw.number, raw.value)
         except RowError as error:
             if bad_rows == "error":
-                located = error.at(f"{source.path} row {raw.number}")
-                raise located from None
+                raise _told(error, f"{source.path} row {raw.number}") from None
             done.skipped[error.reason] += 1
             continue
         yield raw.value, row
+
+
+def _told(error: RowError, place: str) -> RowError:
+    """The error with its place; in place of a recipe's fields, which `predict` takes none of, its own option."""
+    fix = error.details.get("fix", "")
+    if "data." in fix:
+        fix = "Mend the row, or leave out such rows: --bad-rows skip"
+    return RowError(error.problem, reason=error.reason, **(error.details | {"fix": fix})).at(place)
 
 
 def _groups(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -104,7 +104,7 @@ def test_bad_rows_stop_or_are_counted(label_run: RunFolder, tmp_path: Path, caps
     asked = tmp_path / "in.jsonl"
     asked.write_text('{"text": "a sea"}\n{"text": ""}\nbroken\n{"text": "a bridge"}\n', encoding="utf-8")
     output = tmp_path / "out.jsonl"
-    with pytest.raises(DataError, match=r"in\.jsonl row 2: text is empty"):
+    with pytest.raises(DataError, match=r"in\.jsonl row 2: text is empty\. Mend.*such rows: --bad-rows skip"):
         predict(label_run, str(asked), output, QUIET)
     done = predict(label_run, str(asked), output, Console(width=200), bad_rows="skip", overwrite=True)
     assert done.rows == 2 and done.skipped == {"empty text": 1, "broken JSON": 1}
