@@ -6,24 +6,31 @@ import inspect
 import logging
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
 import transformers
+from onnx import numpy_helper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.errors import ExportError
 from qlora_kit.export.graph import GRAPH
+from qlora_kit.export.grid4 import round_8bit
+from qlora_kit.export.linear import node as onnx_node
+from qlora_kit.export.nbits import lookup
 from qlora_kit.export.parameters import Factors, multiplied
 
 OPSET = 20
 BLOCK_SIZE = 32  # channels of an int8 weight that share a scale
 INSIDE_BYTES = 64 * 2**20  # weights of less stay inside the graph's file
+LARGE_TABLE = 2**20  # weights of an embedding that is worth rounding
 QUANTIZED_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: inputs are rounded to int8 too
 TYPES = "token_type_ids"
 
@@ -54,7 +61,7 @@ def build_task_graph(
     Outputs: float32 logits [batch, labels] or [batch, seq, labels]; or start_logits and end_logits [batch, seq].
 
     Args:
-        profile: fp32, or int8 (blocks of 32, symmetric, MatMulNBits; embeddings, poolers and heads stay fp32).
+        profile: fp32, or int8 (blocks of 32, symmetric, MatMulNBits; small embeddings, poolers and heads stay fp32).
         auto_class: the Auto class of transformers that reads `merged`.
         factors: what parameters are multiplied by.
 
@@ -152,7 +159,7 @@ def _quiet() -> Iterator[None]:
 
 
 def quantized(graph: onnx.ModelProto, outputs: Sequence[str] | None = None) -> onnx.ModelProto:
-    """Weights of matrix products in 8 bit, those of the head aside (a pooler is a Gemm, and stays as it is).
+    """Weights of matrix products and tables in 8 bit, those of the head aside (a pooler is a Gemm, and stays as it is).
 
     Args:
         outputs: those that a head makes; all where left out.
@@ -170,7 +177,28 @@ def quantized(graph: onnx.ModelProto, outputs: Sequence[str] | None = None) -> o
         )
         quantizer.process()
     found: onnx.ModelProto = quantizer.model.model
+    _round_tables(found.graph)
     return found
+
+
+def _round_tables(graph: onnx.GraphProto) -> None:
+    """Makes 8-bit codes of each large embedding that is nothing else."""
+    tables = {tensor.name: tensor for tensor in graph.initializer}
+    readers = Counter(name for node in graph.node for name in node.input)
+    nodes: list[onnx.NodeProto] = []
+    for made in graph.node:
+        table = tables.get(made.input[0]) if made.op_type == "Gather" and readers[made.input[0]] == 1 else None
+        if table is None or len(table.dims) != 2 or table.dims[1] % BLOCK_SIZE or prod(table.dims) < LARGE_TABLE:
+            nodes.append(made)
+            continue
+        blocks = round_8bit(torch.from_numpy(numpy_helper.to_array(table).copy()), BLOCK_SIZE)
+        codes, scales, half = (f"{table.name}_{ending}" for ending in ("Q8", "scales", "scales_fp16"))
+        graph.initializer.remove(table)
+        graph.initializer.append(numpy_helper.from_array(blocks.codes.flatten(1).numpy(), codes))
+        graph.initializer.append(numpy_helper.from_array(blocks.scales.half().numpy(), half))
+        nodes += [onnx_node("Cast", [half], scales, to=onnx.TensorProto.FLOAT), lookup(made, codes, scales)]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _heads(graph: onnx.GraphProto, outputs: Sequence[str] | None) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 import transformers
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_tasks import TASKS, make_tiny_bundle, save_task_model, task_tokenizer
 
 from qlora_kit.errors import VerificationError
+from qlora_kit.export import task_graph
 from qlora_kit.export.task_graph import OPSET, input_names
 
 ODD_LENGTHS = (1, 7, 2, 40, 31, 7, 13)
@@ -85,6 +87,27 @@ def test_int8_rounds_all_products_but_the_head(tmp_path: Path, name: str) -> Non
     assert verification is not None
     distances = verification.distances
     assert distances["max_logit_difference"] > 0 and distances["decisions_equal"] >= 0.9 * distances["decisions"]
+
+
+def test_large_embeddings_are_8_bit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_graph, "LARGE_TABLE", 120 * 32)  # of words alone, not of positions
+    tiny = TASKS["bert tags"]
+    merged = save_task_model(tmp_path / "merged", tiny)
+    words = load_file(merged / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    task_graph.build_task_graph(merged, tmp_path, "int8", tiny.auto_class, task_tokenizer(tiny.arch))
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx")
+    (looked_up,) = [node for node in graph.graph.node if node.op_type == "GatherBlockQuantized"]
+    assert not any(
+        tuple(tensor.dims) == tuple(words.shape) and tensor.data_type == 1 for tensor in graph.graph.initializer
+    )
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(looked_up.output[0], 1, None))
+    session = ort.InferenceSession(graph.SerializeToString())
+    ids = np.array([[7, 2, 119]])
+    given = {one.name: ids if one.name == "input_ids" else ids.clip(0, 1) for one in session.get_inputs()}
+    found = session.run([looked_up.output[0]], given)[0][0]
+    expected = words[ids[0]].numpy()
+    step = np.abs(expected).max(1, keepdims=True) / 127  # one block a row
+    assert (np.abs(found - expected) <= 0.51 * step).all() and (found != expected).any()
 
 
 def test_weights_changed_after_the_merge_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
