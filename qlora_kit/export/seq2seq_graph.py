@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +83,25 @@ def build_seq2seq_graphs(merged: Path, target: Path, profile: str) -> None:
     encoder, decoder = seq2seq_graphs(model)
     if profile == "int8":
         encoder, decoder = quantized(encoder, []), quantized(decoder, ["logits"])
+    digests = {sha256(tensor.raw_data).digest(): tensor for tensor in encoder.graph.initializer}
     write_graph(encoder, target / ENCODER_GRAPH)
+    _share(decoder, digests)
     write_graph(decoder, target / DECODER_GRAPH)
     copy_configuration(merged, target)
+
+
+def _share(graph: onnx.ModelProto, written: Mapping[bytes, onnx.TensorProto]) -> None:
+    """Lets weights of the graph that lie in another's file by now be read there: the embedding of both.
+
+    Args:
+        written: by the digest of their bytes, the other graph's.
+    """
+    for tensor in graph.graph.initializer:
+        same = written.get(sha256(tensor.raw_data).digest())
+        if same is not None and same.data_location == onnx.TensorProto.EXTERNAL and same.dims == tensor.dims:
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            tensor.external_data.extend(same.external_data)
 
 
 def seq2seq_graphs(model: PreTrainedModel) -> tuple[onnx.ModelProto, onnx.ModelProto]:

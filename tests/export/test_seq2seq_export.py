@@ -36,7 +36,9 @@ from tiny_encoders import SEP, save_tiny_encoder, task_recipe, tiny_encoder, tra
 from qlora_kit.cli import main
 from qlora_kit.errors import EvalError, ExportError, VerificationError
 from qlora_kit.eval.seq2seq_bundle_model import Seq2SeqBundleModel
+from qlora_kit.export import task_graph
 from qlora_kit.export.seq2seq_bundle import Seq2SeqModel, answer, make_seq2seq_bundle
+from qlora_kit.export.seq2seq_graph import build_seq2seq_graphs
 from qlora_kit.model.load import to_reference
 from qlora_kit.train.restore import load_run_tokenizer, load_tuned
 from qlora_kit.train.run_folder import RunFolder
@@ -273,6 +275,23 @@ def test_damaged_bundles_are_refused(made: Exported, copied: Path) -> None:
     (copied / ENCODER_GRAPH).unlink()
     with pytest.raises(MissingFileError, match=r"onnx/encoder_model.onnx is missing, though manifest.json lists it"):
         Seq2SeqBundle.open(copied)
+
+
+def test_weights_of_both_graphs_lie_there_once(
+    made: Exported, copied: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(task_graph, "INSIDE_BYTES", 0)  # weights lie beside the graphs, as large models' do
+    (tmp_path / "built").mkdir()
+    build_seq2seq_graphs(made.run.merged, tmp_path / "built", "fp32")
+    decoder = onnx.load(tmp_path / "built" / DECODER_GRAPH, load_external_data=False).graph
+    shared = [
+        one for one in decoder.initializer if any(e.value == "encoder_model.onnx_data" for e in one.external_data)
+    ]
+    assert [120, 32] in [list(tensor.dims) for tensor in shared]
+    shutil.rmtree(copied / "onnx")
+    shutil.copytree(tmp_path / "built" / "onnx", copied / "onnx")
+    rewritten(copied)
+    assert verify_directory(copied).passed
 
 
 @pytest.mark.slow
