@@ -82,14 +82,24 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 @lru_cache(maxsize=1)
 def _wordpiece() -> str:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return word_pieces(TEXT, list(SPECIAL.values())).to_str()
+
+
+def word_pieces(text: str, special: list[str], size: int = 120) -> Tokenizer:
+    """Lower-case word pieces of letters, words and pairs of letters: the same each time, as a trained one is not."""
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = sorted({word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))})
+    letters = sorted({letter for word in words for letter in word})
+    pairs = sorted({word[k : k + 2] for word in words for k in range(1, len(word) - 1)})
+    whole = [word for word in words if len(word) > 1]
+    pieces = [*special, *letters, *(f"##{ending}" for ending in letters), *(f"##{ending}" for ending in pairs), *whole]
+    assert len(pieces) >= size
+    tokenizer = Tokenizer(models.WordPiece({piece: k for k, piece in enumerate(pieces[:size])}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=list(SPECIAL.values()), show_progress=False)
-    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
-    return tokenizer.to_str()
+    return tokenizer
 
 
 def tiny_wordpiece(kind: str = "bert") -> PreTrainedTokenizerFast:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import transformers
 from qlora_runtime.task import ClassificationTask, QuestionAnsweringTask, RegressionTask, TaggingTask, TaskInfo
+from tiny_encoders import word_pieces
 from tiny_models import TEXT, tiny_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from qlora_kit.data.task_examples import LabelledText, QuestionOnText, TaggedWords
@@ -116,7 +117,7 @@ def task_tokenizer(arch: str) -> PreTrainedTokenizerFast:
             model_input_names=names,
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_word_pieces()),
+        tokenizer_object=word_pieces(TEXT, SPECIAL),
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
@@ -164,18 +165,6 @@ def make_tiny_bundle(tiny: TinyTask, merged: Path, target: Path, profile: str = 
     model = getattr(transformers, tiny.auto_class).from_pretrained(merged).eval()
     made = TaskModel(tiny.info, tiny.auto_class, tokenizer, context_length(model), proof_of(tiny, model, tokenizer))
     return make_task_bundle(merged, target, profile, made, {"model": "tiny"}, None, {"a": "1"})
-
-
-@lru_cache(maxsize=1)
-def _word_pieces() -> str:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(
-        [TEXT], trainers.WordPieceTrainer(vocab_size=120, special_tokens=SPECIAL, show_progress=False)
-    )
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
-    return tokenizer.to_str()
 
 
 @lru_cache(maxsize=1)
