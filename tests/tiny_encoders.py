@@ -82,10 +82,10 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 @lru_cache(maxsize=1)
 def _wordpiece() -> str:
-    return word_pieces(TEXT, list(SPECIAL.values())).to_str()
+    return word_pieces(TEXT, list(SPECIAL.values()), 120).to_str()
 
 
-def word_pieces(text: str, special: list[str], size: int = 120) -> Tokenizer:
+def word_pieces(text: str, special: list[str], size: int | None = None) -> Tokenizer:
     """Lower-case word pieces of letters, words and pairs of letters: the same each time, as a trained one is not."""
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     words = sorted({word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))})
@@ -93,7 +93,7 @@ def word_pieces(text: str, special: list[str], size: int = 120) -> Tokenizer:
     pairs = sorted({word[k : k + 2] for word in words for k in range(1, len(word) - 1)})
     whole = [word for word in words if len(word) > 1]
     pieces = [*special, *letters, *(f"##{ending}" for ending in letters), *(f"##{ending}" for ending in pairs), *whole]
-    assert len(pieces) >= size
+    assert len(pieces) >= (size or 0)
     tokenizer = Tokenizer(models.WordPiece({piece: k for k, piece in enumerate(pieces[:size])}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.decoder = decoders.WordPiece()

@@ -117,7 +117,7 @@ def task_tokenizer(arch: str) -> PreTrainedTokenizerFast:
             model_input_names=names,
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=word_pieces(TEXT, SPECIAL),
+        tokenizer_object=word_pieces(TEXT, SPECIAL, 170),
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",

@@ -45,7 +45,7 @@ def test_a_word_longer_than_a_row_is_cut_itself():
 
 
 def test_a_word_without_tokens_has_no_place():
-    (row,) = WordEncoder(task_tokenizer("bert").backend_tokenizer, 40).encode(["the", "\x01", "road"])
+    (row,) = WordEncoder(task_tokenizer("bert").backend_tokenizer, 40).encode(["a", "\x01", "b"])
     assert row.places[1] == NO_TOKEN and row.places[0] == 1 and row.places[2] == 2
     assert first_tokens([None, 1, 1, 0, None], 3).tolist() == [3, 1, NO_TOKEN]
 
