@@ -125,6 +125,14 @@ def _several_labels(cells: Cells, settings: ClassificationSettings) -> tuple[str
     if not isinstance(value, list):
         allowed = f"a list of labels, or text with {settings.label_separator!r} between them"
         raise RowError(f"{column} is {type(value).__name__}", reason=f"{column} no list", got=value, allowed=allowed)
+    if not settings.labels and len(value) > 1 and all(type(part) is int and part in (0, 1) for part in value):
+        raise RowError(
+            f"{column} is a list of 0 and 1, which may be labels, or a mark for each label",
+            reason=f"{column} of 0 and 1",
+            got=value,
+            allowed="the names of the labels that the row has",
+            fix="Write names; where they are numbers of labels, set task.labels",
+        )
     names = tuple(label_name(part, settings.labels, f"{column}[{k}]") for k, part in enumerate(value))
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise RowError(f"{column} names {', '.join(doubled)} twice", reason="label twice", got=value)

@@ -30,6 +30,11 @@ CLASSIFICATION = [
     ({"text": "t", "label": 3}, {"multi_label": True}, r"label is int \(got 3\).*a list of labels, or text with ','"),
     ({"text": "t", "label": ["a", ""]}, {"multi_label": True}, r"label\[1\] is empty"),
     ({"text": "t", "label": "a,b,a"}, {"multi_label": True}, r"label names a twice"),
+    (
+        {"text": "t", "label": [0, 1]},
+        {"multi_label": True},
+        r"a list of 0 and 1, which may be .*names; where they are numbers",
+    ),
 ]
 TAGGING = [
     ({"words": "a b", "tags": ["O"]}, {}, r"row 2: words is str, not a list.*CSV hold no lists"),
