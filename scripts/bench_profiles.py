@@ -142,7 +142,10 @@ def _bits(form: Form) -> float:
 
     graph = onnx.load(next(path.rglob("*.onnx")), load_external_data=False).graph
     stored = {tensor.name: _tensor_bytes(tensor) for tensor in graph.initializer}
-    products = [node for node in graph.node if "MatMul" in node.op_type and "lm_head" not in node.name]
+    products = [node for node in graph.node if "MatMul" in node.op_type and "logits" not in node.output]
+    for node in graph.node:  # scales lie in fp16 behind a Cast
+        if node.op_type == "Cast" and node.input[0] in stored:
+            stored[node.output[0]] = stored[node.input[0]]
     spent = sum(stored.get(name, 0) for node in products for name in node.input[1:])
     config = json.loads((form.run / "merged" / "config.json").read_text(encoding="utf-8"))
     return 8 * spent / sum(linear.weights for linear in model_shapes(config).linears)
