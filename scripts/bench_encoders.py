@@ -159,13 +159,32 @@ def _report(found: Found, env: dict[str, Any], out: Path) -> None:
         "# A small encoder: NF4 with adapters against full fine-tuning in 16 bit\n\n"
         "MiniLM (22 million weights). Held-out scores, mean over seeds and their range; the difference is paired by "
         "seed,\nwith a 95% t interval.\n\n"
-        "| task | variant | seeds | score | less 16 bit, full | trained weights | seconds of training |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |\n" + "\n".join(rows) + "\n\n"
+        "| task | variant | seeds | score | less 16 bit, full | trained weights | seconds | tokens/s | peak, GiB |\n"
+        + "| --- " * 9
+        + "|\n"
+        + "\n".join(rows)
+        + "\n\n"
     )
     steps = {task: BENCHES[task].steps for task in found}
     table += f"{ROWS} rows a step; steps: {', '.join(f'{task} {count}' for task, count in steps.items())}.\n\n"
     table += "`python scripts/bench_encoders.py --model PATH/minilm --data PATH` on " + hardware_line(env)
-    write("encoders", {"steps": steps, "tasks": found, **env}, table, out)
+    write("encoders", {"steps": steps, "tasks": found, **env}, table + "\n![scores](encoders.png)\n", out)
+    _plot(found, out / "encoders.png")
+
+
+def _plot(found: Found, file: Path) -> None:
+    """Each variant's scores over seeds, and their mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axes, (task, of) in zip(figure.subplots(1, len(found), sharey=False), found.items(), strict=True):
+        names = [name for name in reversed(VARIANTS) if of.get(name)]
+        for place, name in enumerate(names):
+            scores = [result["score"] for result in of[name].values()]
+            axes.plot(scores, [place] * len(scores), "o", color="0.6", markersize=4)
+            axes.plot(np.mean(scores), place, "|", color="C0", markersize=14)
+        axes.set(title=task, xlabel=BENCHES[task].score, yticks=range(len(names)), yticklabels=names)
+    figure.savefig(file, dpi=110)
 
 
 def _row(task: str, name: str, of: dict[str, dict[str, Any]]) -> str:
@@ -176,7 +195,9 @@ def _row(task: str, name: str, of: dict[str, dict[str, Any]]) -> str:
         f"| {task} ({BENCHES[task].score}) | {name} | {len(values)} "
         f"| {np.mean(values):.4f} ({min(values):.4f} to {max(values):.4f}) "
         f"| {against(scores, name, FULL) if paired else ''} | {results[0]['trainable_params']:,} "
-        f"| {np.mean([result['wall_s'] for result in results]):.0f} |"
+        f"| {np.mean([result['wall_s'] for result in results]):.0f} "
+        f"| {np.mean([result['tokens_per_s'] for result in results]):.0f} "
+        f"| {max(result['peak_rss_bytes'] for result in results) / 2**30:.2f} |"
     )
 
 

@@ -13,7 +13,8 @@ from qlora_kit.recipe import TrainSection
 from qlora_kit.train.optim import lr_at
 
 EAGERNESS = 1.5
-"""What the first steps of a run move is worth more than later ones: of 1, 1.5 and 2.5, on GSM8K."""
+"""The first steps of a run teach more than later ones. Chosen on one run of GSM8K: it ended at 0.945 with 1, at 0.923
+with this, and at 0.928 where the rank was large from the start."""
 HIGHEST_GAIN = 2.5
 """More did harm where little is left to learn: from half of a run on sentiment, 4 and 10 ended worse than 1."""
 
