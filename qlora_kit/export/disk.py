@@ -11,15 +11,13 @@ from transformers import PreTrainedModel
 from qlora_kit.adapters.layer import linear_shape
 from qlora_kit.errors import ExportError
 from qlora_kit.export.calibration import linear_layers
-from qlora_kit.export.forms import BITS_8, BUDGET
+from qlora_kit.export.forms import BITS_8, BUDGET, forms_of
 from qlora_kit.export.nbits import BLOCK_SIZE
 from qlora_kit.export.rows import ProofRow
 from qlora_kit.train.run_folder import RunFolder
 
 LINEAR_BITS = {"fp32": 32, "int8": BITS_8, "int4": BUDGET, "nf4": 4.5, "int4_exact": 5.2, "int4_fast": 5.2}
 """Bits of a linear layer's weight. The adapter beside codes is left out."""
-CODED_EMBEDDINGS = ("int8", "int4", "int4_fast")
-"""Where a decoder's head and embedding take 8 bit; elsewhere they take 32, as all weights do that are not linear."""
 SAID_FROM = 1 << 30
 """Less is not worth a word."""
 
@@ -36,7 +34,7 @@ def needed_bytes(model: PreTrainedModel, profiles: Sequence[str], rows: Sequence
     width = getattr(config, "hidden_size", 0)
     others = 2 * vocab * width  # embedding and head; the rest is small
     codes = rows and width % BLOCK_SIZE == 0
-    bits = {name: BITS_8 if codes and name in CODED_EMBEDDINGS else 32 for name in profiles}
+    bits = {name: BITS_8 if codes and forms_of(name, {}, {}).embeds_codes else 32 for name in profiles}
     bundles = sum(linear * LINEAR_BITS[name] + others * bits[name] for name in profiles) / 8
     logits = sum(len(row.input_ids) for row, _ in rows) * vocab * 4
     return int((linear + others) * 4 + bundles + logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,17 +51,49 @@ class Linear:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class DataFile:
+class Tensors(ABC):
+    """Where the tensors of a graph go.
+
+    Attributes:
+        casts: nodes that make fp32 of what is stored in fp16; they stand before all others.
+    """
+
+    def __init__(self) -> None:
+        self.casts: list[onnx.NodeProto] = []
+
+    @abstractmethod
+    def add(self, name: str, array: np.ndarray) -> str:
+        """Stores `array`; returns `name`."""
+
+    def add_half(self, name: str, array: np.ndarray) -> str:
+        """Stores `array`, whose numbers are fp16's, in half the bytes; `name` is fp32 again, by a node of `casts`."""
+        stored = self.add(f"{name}_fp16", array.astype(np.float16))
+        self.casts.append(node("Cast", [stored], name, to=onnx.TensorProto.FLOAT))
+        return name
+
+
+class GraphTensors(Tensors):
+    """The initializers of a graph in memory."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def add(self, name: str, array: np.ndarray) -> str:
+        self._graph.initializer.append(numpy_helper.from_array(array, name))
+        return name
+
+
+class DataFile(Tensors):
     """The file beside a graph that holds its weights, written tensor by tensor."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
         self.tensors: dict[str, onnx.TensorProto] = {}
-        self.casts: list[onnx.NodeProto] = []
         self._file: BinaryIO = path.open("wb")
 
     def add(self, name: str, array: np.ndarray) -> str:
-        """Writes `array`; returns `name`."""
         if array.nbytes < INLINE_BYTES:
             self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
             return name
@@ -73,12 +106,6 @@ class DataFile:
             tensor.external_data.add(key=key, value=str(value))
         np.ascontiguousarray(array).tofile(self._file)
         self.tensors[name] = tensor
-        return name
-
-    def add_half(self, name: str, array: np.ndarray) -> str:
-        """Writes `array`, whose numbers are fp16's, in half the bytes; `name` is fp32 again, by a node of `casts`."""
-        stored = self.add(f"{name}_fp16", array.astype(np.float16))
-        self.casts.append(node("Cast", [stored], name, to=onnx.TensorProto.FLOAT))
         return name
 
     def __enter__(self) -> DataFile:

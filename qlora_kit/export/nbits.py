@@ -13,7 +13,7 @@ import onnx
 from torch import Tensor
 
 from qlora_kit.export.grid4 import Blocks, round_4bit, round_8bit
-from qlora_kit.export.linear import MICROSOFT, DataFile, Linear, node
+from qlora_kit.export.linear import MICROSOFT, DataFile, Linear, Tensors, node
 from qlora_kit.export.parameters import MergedWeights
 from qlora_kit.model.int4_blocks import pack_4bit
 
@@ -82,19 +82,18 @@ def lookup_nodes(gather: onnx.NodeProto, head: Linear, in_features: int, data: D
     rows = data.add(f"{head.prefix}.rows", np.array([head.rows[0].count, in_features]))
     return [
         node("Reshape", [codes_name(head, 8), rows], f"{y}/codes"),
-        lookup(gather, f"{y}/codes", scales_name(head)),
+        _lookup(gather, f"{y}/codes", scales_name(head)),
     ]
 
 
-def embedding_nodes(gather: onnx.NodeProto, weight: Tensor, data: DataFile) -> list[onnx.NodeProto]:
+def embedding_nodes(gather: onnx.NodeProto, weight: Tensor, data: Tensors) -> list[onnx.NodeProto]:
     """What takes the place of the Gather of an embedding float32 [vocab, width]: rows of 8-bit codes of its own."""
     blocks, table = round_8bit(weight, BLOCK_SIZE), gather.input[0]
     codes = data.add(f"{table}_Q8", blocks.codes.flatten(1).numpy())
-    return [lookup(gather, codes, data.add_half(f"{table}_scales", blocks.scales.numpy()))]
+    return [_lookup(gather, codes, data.add_half(f"{table}_scales", blocks.scales.numpy()))]
 
 
-def lookup(gather: onnx.NodeProto, codes: str, scales: str) -> onnx.NodeProto:
-    """The node that reads rows of 8-bit codes [rows, width] in the place of `gather`."""
+def _lookup(gather: onnx.NodeProto, codes: str, scales: str) -> onnx.NodeProto:
     places = {"bits": 8, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
     inputs = [codes, gather.input[1], scales]
     return node("GatherBlockQuantized", inputs, gather.output[0], MICROSOFT, **places)

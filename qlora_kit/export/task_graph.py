@@ -22,9 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.errors import ExportError
 from qlora_kit.export.graph import GRAPH
-from qlora_kit.export.grid4 import round_8bit
-from qlora_kit.export.linear import node as onnx_node
-from qlora_kit.export.nbits import lookup
+from qlora_kit.export.linear import GraphTensors
+from qlora_kit.export.nbits import embedding_nodes
 from qlora_kit.export.parameters import Factors, multiplied
 
 OPSET = 20
@@ -186,19 +185,16 @@ def _round_tables(graph: onnx.GraphProto) -> None:
     tables = {tensor.name: tensor for tensor in graph.initializer}
     readers = Counter(name for node in graph.node for name in node.input)
     nodes: list[onnx.NodeProto] = []
+    data = GraphTensors(graph)
     for made in graph.node:
         table = tables.get(made.input[0]) if made.op_type == "Gather" and readers[made.input[0]] == 1 else None
         if table is None or len(table.dims) != 2 or table.dims[1] % BLOCK_SIZE or prod(table.dims) < LARGE_TABLE:
             nodes.append(made)
             continue
-        blocks = round_8bit(torch.from_numpy(numpy_helper.to_array(table).copy()), BLOCK_SIZE)
-        codes, scales, half = (f"{table.name}_{ending}" for ending in ("Q8", "scales", "scales_fp16"))
+        nodes += embedding_nodes(made, torch.from_numpy(numpy_helper.to_array(table).copy()), data)
         graph.initializer.remove(table)
-        graph.initializer.append(numpy_helper.from_array(blocks.codes.flatten(1).numpy(), codes))
-        graph.initializer.append(numpy_helper.from_array(blocks.scales.half().numpy(), half))
-        nodes += [onnx_node("Cast", [half], scales, to=onnx.TensorProto.FLOAT), lookup(made, codes, scales)]
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend([*data.casts, *nodes])
 
 
 def _heads(graph: onnx.GraphProto, outputs: Sequence[str] | None) -> list[str]:
