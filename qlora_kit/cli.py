@@ -120,6 +120,7 @@ def run_predict(options: argparse.Namespace) -> None:
         form=options.form,
         batch_size=options.batch_size,
         bad_rows=options.bad_rows,
+        overlong=options.overlong,
         overwrite=options.overwrite,
     )
 

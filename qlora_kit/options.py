@@ -97,6 +97,8 @@ def _predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--form", default="tuned", help="base, tuned (default), merged, bundle_int8, ...")
     parser.add_argument("--batch-size", type=_number(int, 1), help="rows of one forward pass (default: the recipe's)")
     parser.add_argument("--bad-rows", choices=["error", "skip"], default="error", help="stop at one, or count it")
+    words = "of rows longer than the recipe's data.max_seq_len: stop, leave out, or cut"
+    parser.add_argument("--overlong", choices=["error", "skip", "truncate"], help=words)
     parser.add_argument("--overwrite", action="store_true", help="begin again where the output exists")
 
 

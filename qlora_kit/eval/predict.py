@@ -19,9 +19,10 @@ from qlora_kit.errors import EvalError
 from qlora_kit.eval.prediction_file import PredictionFile
 from qlora_kit.eval.predictors import Predictor, predictor_of
 from qlora_kit.model.source import sha256_file
-from qlora_kit.recipe import DataSource
+from qlora_kit.recipe import DataSource, Recipe
 from qlora_kit.train.run_folder import RunFolder
 
+Overlong = Literal["error", "skip", "truncate"]
 BATCHES_AT_ONCE = 16
 """Rows of so many batches are read, sorted by length, answered and written together."""
 
@@ -50,6 +51,7 @@ def predict(
     form: str = "tuned",
     batch_size: int | None = None,
     bad_rows: Literal["error", "skip"] = "error",
+    overlong: Overlong | None = None,
     overwrite: bool = False,
 ) -> Predicted:
     """Answers every row of `input_path` and writes it with its own columns to `output`, in the input's order.
@@ -64,24 +66,30 @@ def predict(
         batch_size: instead of the recipe's eval.batch_size.
         bad_rows: stop at a row that cannot be used, or leave it out and count it. `skip` goes on with a file that
             stopped at such a row.
+        overlong: of a row that is longer than the recipe's data.max_seq_len; None cuts it where the recipe does, and
+            otherwise takes it as a bad row.
         overwrite: begin again.
 
     Raises:
-        EvalError: no such form, or an output of another input, run or form, or that holds the columns to write.
+        EvalError: no such form, prompts that should be cut, or an output of another input, run or form, or that holds
+            the columns to write.
         RunError: the run is not finished.
         DataError: the input cannot be read, or a row of it cannot be used.
     """
     source = DataSource.model_validate({"path": input_path})
     if output.exists() and Path(input_path).exists() and output.samefile(input_path):
         raise EvalError(f"{output} is the input", fix="Give another --output")
-    made_by = {"input": fingerprint(source), "run": _trained(run), "form": form, "bad_rows": bad_rows}
-    predictor = predictor_of(run, form, source, batch_size)
+    too_long = overlong or _as_trained(run.recipe(), bad_rows)
+    leaves_out: dict[str, str] = {"bad_rows": bad_rows, "overlong": too_long}
+    made_by = {"input": fingerprint(source), "run": _trained(run), "form": form, **leaves_out}
+    predictor = predictor_of(run, form, source, batch_size, too_long)
     done, group_rows = Predicted(), BATCHES_AT_ONCE * (batch_size or run.recipe().eval.batch_size)
-    stopped = {"bad_rows": "error"} if bad_rows == "skip" else {}  # before its first bad row: nothing is left out
+    # What stopped before its first bad row has left nothing out, and cut nothing.
+    stopped = {name: "error" for name, asked in leaves_out.items() if asked != "error"}
     with PredictionFile(output, made_by, overwrite, stopped) as file, predictor.ready():
         done.kept = file.rows
         seen = 0
-        for group in _groups(_usable(source, predictor, bad_rows, done), group_rows):
+        for group in _groups(_usable(source, predictor, leaves_out, done), group_rows):
             new = max(0, file.rows - seen)  # rows of this group that are there already
             seen += len(group)
             if new >= len(group):
@@ -95,8 +103,14 @@ def predict(
     return done
 
 
+def _as_trained(recipe: Recipe, bad_rows: Literal["error", "skip"]) -> Overlong:
+    """Cut where training cuts; a prompt is never cut, as its answer would be to something else."""
+    cuts = recipe.data.overlong == "truncate" and recipe.task.type != "causal_lm"
+    return "truncate" if cuts else bad_rows
+
+
 def _usable(
-    source: DataSource, predictor: Predictor, bad_rows: str, done: Predicted
+    source: DataSource, predictor: Predictor, leaves_out: dict[str, str], done: Predicted
 ) -> Iterator[tuple[dict[str, Any], Any]]:
     """Each row as it stands in the input, and as the model needs it."""
     for raw in read_rows(source):
@@ -113,7 +127,8 @@ def _usable(
                 check_characters(json.dumps({column: value}, ensure_ascii=False, default=str), ascii(column))
             row = predictor.read(raw.number, raw.value)
         except RowError as error:
-            if bad_rows == "error":
+            cuts = leaves_out["overlong"] == "truncate"  # what is too long even so cannot be cut: questions
+            if leaves_out["overlong" if error.reason == "overlong" and not cuts else "bad_rows"] == "error":
                 raise _told(error, f"{source.path} row {raw.number}") from None
             done.skipped[error.reason] += 1
             continue
@@ -123,7 +138,9 @@ def _usable(
 def _told(error: RowError, place: str) -> RowError:
     """The error with its place; in place of a recipe's fields, which `predict` takes none of, its own option."""
     fix = error.details.get("fix", "")
-    if "data." in fix:
+    if "truncate" in fix:
+        fix = "Cut such rows: --overlong truncate; or leave them out: --overlong skip"
+    elif "data." in fix:
         fix = "Mend the row, or leave out such rows: --bad-rows skip"
     return RowError(error.problem, reason=error.reason, **(error.details | {"fix": fix})).at(place)
 

@@ -49,21 +49,27 @@ class Predictor(Protocol):
         ...
 
 
-def predictor_of(run: RunFolder, form: str, source: DataSource, batch_size: int | None) -> Predictor:
+def predictor_of(run: RunFolder, form: str, source: DataSource, batch_size: int | None, overlong: str) -> Predictor:
     """Loads a form of the run.
 
+    Args:
+        overlong: truncate, to cut texts that are longer than the recipe's data.max_seq_len.
+
     Raises:
-        EvalError: the run has no such form.
+        EvalError: the run has no such form, or it generates and prompts should be cut.
         RunError: the run is not finished.
     """
     recipe, task = run.recipe(), run_task(run)
-    tokenizer, section = load_run_tokenizer(run), recipe.data.model_copy(update={"streaming": False})
+    section = recipe.data.model_copy(update={"streaming": False, "overlong": overlong})
+    tokenizer = load_run_tokenizer(run)
     if form == "tuned" and not run.adapter.is_dir():
         raise RunError(f"{run.path} holds no adapter yet", fix=f"Finish it: qlora-kit train --resume {run.path}")
     if task.settings.type != "causal_lm":
         forms = find_task_forms(run, batch_size)
         check_forms([form], list(forms))
         return TaskPredictor(forms[form](), section, source)
+    if overlong == "truncate":
+        raise EvalError("a prompt is not cut: its answer would be to something else", allowed="error, skip")
     scorers = find_forms(run, tokenizer)
     check_forms([form], list(scorers))
     return TextPredictor(scorers[form](), run, section, source, tokenizer)

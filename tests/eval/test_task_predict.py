@@ -128,6 +128,29 @@ def test_skip_goes_on_where_a_bad_row_stopped(label_run: RunFolder, tmp_path: Pa
         predict(label_run, str(asked), output, QUIET, batch_size=1)
 
 
+def test_long_rows_stop_are_left_out_or_cut(label_run: RunFolder, tmp_path: Path, capsys: Any) -> None:
+    long = " ".join(["salt"] * 200)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "salt"}, {"text": long}, {"text": "boats"}])
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(DataError, match=r"row 2: \d+ tokens, more than data.max_seq_len .*--overlong truncate"):
+        predict(label_run, str(rows), output, QUIET, batch_size=1)
+    assert not rows_in(output)
+    assert predict(label_run, str(rows), output, QUIET, batch_size=1, overlong="truncate").rows == 3
+    cut = rows_in(output)
+    assert [row["text"] for row in cut] == ["salt", long, "boats"], "the text stays whole in the output"
+    tokens = AutoTokenizer.from_pretrained(label_run.tokenizer)(
+        long, truncation=True, max_length=label_run.recipe().data.max_seq_len, return_tensors="pt"
+    )
+    with torch.no_grad():
+        best = load_tuned(label_run)(**tokens).logits[0].softmax(-1).max()
+    assert cut[1]["probability"] == pytest.approx(float(best), abs=2e-6)
+    with pytest.raises(EvalError, match="belongs to another overlong"):
+        predict(label_run, str(rows), output, QUIET, batch_size=1, overlong="skip")
+    left = tmp_path / "left.jsonl"
+    assert predict(label_run, str(rows), left, QUIET, overlong="skip").skipped == {"overlong": 1}
+    assert len(rows_in(left)) == 2
+
+
 @pytest.mark.parametrize("column", ["text", "more"])
 def test_half_a_surrogate_pair_is_a_bad_row(label_run: RunFolder, tmp_path: Path, column: str) -> None:
     half = {"text": "a sea", column: "a \ud800 film"}
@@ -224,6 +247,12 @@ def test_a_language_model_answers_prompts(trained_run: Path, tmp_path: Path, row
         )
         said = to_reference(model).generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert row == given | {"generated_text": tokenizer.decode(said, skip_special_tokens=True)}
+
+
+def test_prompts_are_not_cut(trained_run: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}])
+    with pytest.raises(EvalError, match="a prompt is not cut"):
+        predict(RunFolder.open(trained_run), str(rows), tmp_path / "out.jsonl", QUIET, overlong="truncate")
 
 
 def test_prompts_that_cannot_be_answered(trained_run: Path, tmp_path: Path) -> None:
