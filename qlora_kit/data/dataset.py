@@ -17,7 +17,7 @@ from qlora_kit.data.masking import Encoded
 from qlora_kit.data.mixing import draw_counts, draw_rows
 from qlora_kit.data.reading import SourceEncoder, eval_source
 from qlora_kit.data.report import EXAMPLES_SHOWN, DataReport
-from qlora_kit.data.task_labels import strata, stratified_mask
+from qlora_kit.data.task_labels import LabelCounts, strata, stratified_mask
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSection
 
@@ -71,6 +71,7 @@ def prepare(section: DataSection, tokenizer: Any, seed: int, kind: RowKind = LAN
     if section.streaming:
         return PreparedData(EncodedRows().seal(), prepare_eval(section, tokenizer, report, kind), report)
     rows, keys, examples = _read_all(encoders, seed, kind)
+    report.doubtful_labels = _doubtful(rows, examples, report)
     held_out = EncodedRows(kind.own_labels)
     if section.eval is None:
         if kind.has_labels:
@@ -140,6 +141,14 @@ def _read_all(encoders: list[SourceEncoder], seed: int, kind: RowKind) -> tuple[
                 examples.append(example)
     _require_rows(len(rows.seal()), encoders)
     return rows, np.array(keys, dtype=np.uint64), examples
+
+
+def _doubtful(rows: EncodedRows, examples: list[Any], report: DataReport) -> list[str]:
+    """What may be wrong with the labels of the rows' `examples`, which are none where rows have no labels."""
+    counts = LabelCounts()
+    for row, example in zip(rows, examples):
+        counts.add(example, f"{report.path_of(row.source)} row {row.row}")
+    return counts.doubts()
 
 
 def _require_rows(usable: int, encoders: list[SourceEncoder]) -> None:

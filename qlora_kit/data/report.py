@@ -87,6 +87,8 @@ class DataReport:
     overlap: int = 0
     """Eval rows whose whole content is also trained on."""
     overlap_examples: list[str] = field(default_factory=list)
+    doubtful_labels: list[str] = field(default_factory=list)
+    """Sentences on labels of training rows that may be slips of the pen."""
     template: str | None = None
     """The chat template used."""
 
@@ -127,4 +129,4 @@ class DataReport:
             lines.append("the chat template writes today's date: the same rows give other tokens tomorrow")
         if self.overlap:
             lines.append(f"{self.overlap} eval rows are also trained on: {', '.join(self.overlap_examples)}")
-        return lines
+        return lines + self.doubtful_labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from qlora_kit.errors import DataError
 from qlora_kit.task_settings import TaskSettings
 
 SHOWN = 10
+_BETWEEN_WORDS = re.compile(r"(?<=\w)[\s_.:;,!/-]+(?=\w|$)")
 
 
 def names_of(example: TaskExample) -> tuple[str, ...]:
@@ -51,6 +53,43 @@ def collect_labels(examples: Iterable[TaskExample], settings: TaskSettings) -> l
             fix="Check data.columns and the column of the labels",
         )
     return labels
+
+
+class LabelCounts:
+    """In how many training rows each label stands, to doubt those that may be slips of the pen.
+
+    Attributes:
+        rows: label, or type of the spans that tags mark, to number of rows.
+        first: the place of the first.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, example: TaskExample, place: str) -> None:
+        """Counts a row's labels; `place` names file and row."""
+        tagged = isinstance(example, TaggedWords)
+        for name in {name[2:] if tagged and name[:2] in ("B-", "I-") else name for name in names_of(example)}:
+            self.rows[name] += 1
+            self.first.setdefault(name, place)
+
+    def doubts(self) -> list[str]:
+        """Sentences on labels that differ in case, spaces or punctuation alone, and on labels of a single row."""
+        alike: dict[str, list[str]] = {}
+        for name in sorted(self.rows):
+            alike.setdefault(_BETWEEN_WORDS.sub("", name).casefold(), []).append(name)
+        groups = [" and ".join(map(self._shown, names)) for names in alike.values() if len(names) > 1]
+        single = [self._shown(name) for name in sorted(self.rows) if self.rows[name] == 1]
+        lines = [f"are these labels one? {', '.join(groups[:SHOWN])}"] if groups else []
+        if single and len(single) < len(self.rows):
+            more = f" and {len(single) - SHOWN} more" if len(single) > SHOWN else ""
+            lines.append(f"labels of one row alone: {', '.join(single[:SHOWN])}{more}")
+        return lines
+
+    def _shown(self, name: str) -> str:
+        count = self.rows[name]
+        return f"{name!r} ({'' if count == 1 else f'{count} rows, first '}{self.first[name]})"
 
 
 def check_label(name: str, labels: Sequence[str], column: str) -> None:

@@ -10,7 +10,15 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from qlora_kit.data.examples import RowError, split_key
 from qlora_kit.data.task_examples import LabelledImage, LabelledText, QuestionOnText, TaggedWords
-from qlora_kit.data.task_labels import check_label, class_weights, collect_labels, names_of, strata, stratified_mask
+from qlora_kit.data.task_labels import (
+    LabelCounts,
+    check_label,
+    class_weights,
+    collect_labels,
+    names_of,
+    strata,
+    stratified_mask,
+)
 from qlora_kit.errors import DataError
 from qlora_kit.task_settings import TASKS, ClassificationSettings
 
@@ -128,3 +136,28 @@ def test_nothing_to_hold_out() -> None:
     keys = np.array([1, 1, 2], dtype=np.uint64)
     with pytest.raises(DataError, match=r"3 usable rows, and no label has two different texts.*set data\.eval"):
         stratified_mask(keys, ["a", "a", "b"], 0.5)
+
+
+def test_labels_that_may_be_slips_are_doubted() -> None:
+    counts = LabelCounts()
+    for k, label in enumerate(["Card lost", "card_lost", "Card lost", "C", "C++", "C", "C++", "-1", "1", "1", "-1"], 1):
+        counts.add(LabelledText("text", None, label), f"rows.csv row {k}")
+    alike, single = counts.doubts()
+    assert alike == "are these labels one? 'Card lost' (2 rows, first rows.csv row 1) and 'card_lost' (rows.csv row 2)"
+    assert single == "labels of one row alone: 'card_lost' (rows.csv row 2)"
+
+
+def test_types_of_spans_are_doubted_and_their_marks_are_not() -> None:
+    counts = LabelCounts()
+    for k in range(2):
+        counts.add(TaggedWords(("a", "b", "c"), ("B-per", "I-per", "O")), f"row {k + 1}")
+    assert not counts.doubts()
+    counts.add(TaggedWords(("a",), ("B-PER",)), "row 3")
+    assert counts.doubts()[0] == "are these labels one? 'PER' (row 3) and 'per' (2 rows, first row 1)"
+
+
+def test_where_every_label_is_single_none_is_doubted() -> None:
+    counts = LabelCounts()
+    for label in ("a", "b"):
+        counts.add(LabelledText("text", None, label), "row")
+    assert not counts.doubts()
