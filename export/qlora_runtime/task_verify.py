@@ -28,7 +28,8 @@ NOWHERE = (-1, -1)  # the decision that a window holds no answer
 class TaskReport(Verdict):
     """What verifying found.
 
-    A decision is a row's label (or labels), a word's tag, or a window's answer; a regression has none.
+    A decision is a row's label, one of its several labels given or not, a word's tag, or a window's answer; a
+    regression has none.
     """
 
     rows: int = 0
@@ -97,7 +98,7 @@ def regrets(task: TaskInfo, row: TaskRow, logits: FloatArray) -> DoubleArray:
         return np.array([_lost_span(task, row.places, reference, logits)])
     if isinstance(task, ClassificationTask) and task.multi_label:
         lost: DoubleArray = np.where((reference > 0) == (logits > 0), 0.0, np.abs(reference))
-        return np.asarray(lost.max(axis=1))
+        return lost.ravel()
     chosen = np.take_along_axis(reference, logits.argmax(axis=1)[:, None], axis=1)[:, 0]  # [n]
     return np.asarray(reference.max(axis=1) - chosen)
 
@@ -128,7 +129,8 @@ def _reasons(report: TaskReport, tolerance: TaskTolerance) -> list[str]:
     if report.max_logit_difference is None or not report.max_logit_difference <= tolerance.max_logit:
         reasons.append(f"a logit differs by {report.max_logit_difference}, allowed is {tolerance.max_logit}.")
     odd = report.decisions - report.decisions_equal
-    allowed = math.ceil((1 - tolerance.min_agreement) * report.decisions - 1e-9)
+    share = 1 - tolerance.min_agreement
+    allowed = max(1, math.floor(share * report.decisions + 1e-9)) if share else 0  # of few rows one may
     if odd > allowed:
         reasons.append(f"{odd} of {report.decisions} decisions differ, allowed are {allowed}.")
     return reasons

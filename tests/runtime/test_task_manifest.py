@@ -125,7 +125,7 @@ def test_decisions_past_the_tolerance_fail(task_bundle):
     report = compare_task(bundle, replace(reference, rows=shifted, tolerance=loose))
     assert not report.passed and "decisions differ, allowed are 1" in report.reasons[0]
     one = [replace(reference.rows[0], logits=np.roll(reference.rows[0].logits, 1, axis=1)), *reference.rows[1:]]
-    assert compare_task(bundle, replace(reference, rows=one, tolerance=loose)).passed, "0.5% rounded up is one"
+    assert compare_task(bundle, replace(reference, rows=one, tolerance=loose)).passed, "one may, of few rows"
     exact = TaskTolerance(max_logit=100.0, min_agreement=1.0, margin=0.0)
     assert not compare_task(bundle, replace(reference, rows=one, tolerance=exact)).passed
 
@@ -141,7 +141,7 @@ def test_regrets_of_every_task():
 
     single, several, rating, tagging, answering = replace(TASKS[0], multi_label=False), *TASKS
     assert lost(single, [[1, 3]], [[5, 4]]) == [2.0] and lost(single, [[1, 3]], [[4, 5]]) == [0.0]
-    assert lost(several, [[1, -3]], [[2, 1]]) == [3.0] and lost(several, [[1, -3]], [[9, -1]]) == [0.0]
+    assert lost(several, [[1, -3]], [[2, 1]]) == [0.0, 3.0] and lost(several, [[1, -3]], [[9, -1]]) == [0.0, 0.0]
     assert lost(rating, [[1]], [[2]]) == []
     assert lost(tagging, [[1, 0, 0], [0, 2, 0]], [[1, 0, 0], [0, 0, 1]]) == [0.0, 2.0]
     reference = [[0, 0], [2, 1], [1, 4]]
