@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_runtime.chat import ChatTemplate, Message, load_chat_template
-from qlora_runtime.decoder import Decoder, Decoding, FloatArray, Int64Array, in_pieces, read_cache_shape
+from qlora_runtime.decoder import Decoder, FloatArray, Int64Array, in_pieces, read_cache_shape
 from qlora_runtime.errors import (
     ArgumentError,
     ChatTemplateError,
@@ -204,7 +204,7 @@ class Bundle:
         self, prompt: Int64Array, sampling: Sampling, ends: set[int], cancelled: Event
     ) -> Generator[int]:
         capacity = min(len(prompt) + sampling.max_new_tokens, self.manifest.model.context_length)
-        decoding = Decoding(self._decoder, capacity)
+        decoding = self._decoder.start(capacity)
         sampler = Sampler(sampling)
         history = prompt.tolist()
         unread = prompt
@@ -221,7 +221,7 @@ class Bundle:
             unread = np.array([token], dtype=np.int64)
 
     def _read_along(self, prompt: Int64Array, answer: Int64Array) -> Iterator[int]:
-        decoding = Decoding(self._decoder, len(prompt) + len(answer))
+        decoding = self._decoder.start(len(prompt) + len(answer))
         sampler = Sampler(Sampling())
         unread = prompt
         for token in answer:

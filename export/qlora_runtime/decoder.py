@@ -1,7 +1,8 @@
 """The ONNX graph: a decoder with a key-value cache, run by onnxruntime on the CPU.
 
 The cache is one buffer per layer, as long as the whole answer can become. It is bound both as the graph's
-past and as its present, so that GroupQueryAttention writes each new token in place and copies nothing.
+past and as its present, so that GroupQueryAttention writes each new token in place and copies nothing. Graphs
+of architectures without that operator give the whole cache anew with each run.
 """
 
 import copy
@@ -29,11 +30,12 @@ _CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The key-value cache's dimensions, as genai_config.json gives them."""
+    """The key-value cache's dimensions, as genai_config.json gives them; whether the graph gives it anew."""
 
     layers: int
     kv_heads: int
     head_dim: int
+    grows: bool = False
 
 
 def read_cache_shape(genai_config: JsonObject) -> CacheShape:
@@ -48,7 +50,9 @@ def read_cache_shape(genai_config: JsonObject) -> CacheShape:
         raise ModelLoadError(
             f"genai_config.json: model.decoder has {wrong}, positive integers are expected. Export again."
         )
-    return CacheShape(sizes["num_hidden_layers"], sizes["num_key_value_heads"], sizes["head_size"])
+    search = genai_config.get("search")
+    grows = isinstance(search, dict) and search.get("past_present_share_buffer") is False
+    return CacheShape(sizes["num_hidden_layers"], sizes["num_key_value_heads"], sizes["head_size"], grows)
 
 
 class Decoder:
@@ -87,6 +91,10 @@ class Decoder:
                 f"{file}: the graph has no input {odd[0]}: the adapter is of another bundle."
             )
         return other
+
+    def start(self, capacity: int) -> "Decoding":
+        """A new sequence, with room for `capacity` tokens, prompt and answer together."""
+        return (GrowingDecoding if self.shape.grows else Decoding)(self, capacity)
 
     def empty_cache(self, batch: int, capacity: int) -> list[ort.OrtValue]:
         """Zeroed keys and values: 2 * layers tensors of [batch, kv_heads, capacity, head_dim]."""
@@ -181,3 +189,24 @@ class Decoding:
     def _bind_logits(self) -> None:
         """Ask for the logits in a new tensor: their shape changes with the number of tokens read."""
         self._binding.bind_output("logits", "cpu")
+
+
+class GrowingDecoding(Decoding):
+    """The same for graphs whose present is another tensor than their past, longer by what was read."""
+
+    def __init__(self, decoder: Decoder, capacity: int) -> None:
+        self._decoder = decoder
+        self._length = 0
+        self._capacity = capacity
+        self._past = decoder.empty_cache(1, 0)
+
+    def _read_piece(self, token_ids: Int64Array) -> FloatArray:
+        self._length += len(token_ids)
+        names = self._decoder.cache_names
+        feeds = {
+            "input_ids": ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(token_ids[None, :])),
+            "attention_mask": ort.OrtValue.ortvalue_from_numpy(np.ones((1, self._length), np.int64)),
+        } | {name: value for (name, _), value in zip(names, self._past, strict=True)}
+        wanted = ["logits", *(present for _, present in names)]
+        logits, *self._past = self._decoder.session.run_with_ort_values(wanted, feeds)
+        return np.array(logits.numpy()[0, -1], dtype=np.float32)  # of [1, seq, vocab]

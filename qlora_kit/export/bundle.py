@@ -25,9 +25,10 @@ from torch import Tensor
 from qlora_kit.errors import ExportError, VerificationError
 from qlora_kit.export.codes import CodedLayer, same_codes
 from qlora_kit.export.forms import forms_of
-from qlora_kit.export.graph import GRAPH, build_graph
+from qlora_kit.export.graph import GRAPH, UnknownToBuilder, build_graph
 from qlora_kit.export.parameters import Factors
 from qlora_kit.export.reference import ReferenceRow
+from qlora_kit.export.traced_graph import build_traced_graph
 from qlora_kit.export.verify import Distances, Profile, measure, tolerance_of
 from qlora_kit.model.source import sha256_file
 
@@ -65,7 +66,10 @@ def make_bundle(
     """
 
     def build(folder: Path) -> tuple[Distances, list[str]]:
-        build_graph(merged, folder, forms_of(profile.name, coded or {}, moments or {}), factors)
+        try:
+            build_graph(merged, folder, forms_of(profile.name, coded or {}, moments or {}), factors)
+        except UnknownToBuilder:
+            build_traced_graph(merged, folder, profile.name, factors)
         return _prove(merged, folder, profile, rows, {"tools": tools}, base, adapter, coded)
 
     return published(target, profile.name, build)

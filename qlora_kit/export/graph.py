@@ -20,6 +20,10 @@ from qlora_kit.export.weights import DecoderGraph
 GRAPH, DATA = "onnx/model.onnx", "model.onnx_data"
 
 
+class UnknownToBuilder(ExportError):
+    """onnxruntime-genai's builder has no graph of this architecture."""
+
+
 def build_graph(merged: Path, target: Path, forms: Forms, factors: Factors | None = None) -> None:
     """Writes graph, weights and configuration of the merged model `merged` into the folder `target`.
 
@@ -28,7 +32,8 @@ def build_graph(merged: Path, target: Path, forms: Forms, factors: Factors | Non
         factors: what parameters are multiplied by as they are read.
 
     Raises:
-        ExportError: the builder cannot write this model (GPT-2, for one).
+        UnknownToBuilder: the builder has no graph of this architecture (GPT-2, for one).
+        ExportError: it cannot write this model.
     """
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     # A cache of one shape for all layers; q, k and v as they are named in the model.
@@ -41,13 +46,19 @@ def build_graph(merged: Path, target: Path, forms: Forms, factors: Factors | Non
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-        raise ExportError(
+        kind = UnknownToBuilder if "not currently supported" in reason else ExportError
+        raise kind(
             f"{config['architectures'][0]} could not be written as an ONNX decoder ({reason})",
             allowed="the decoder architectures of onnxruntime-genai: Llama, Qwen, Mistral, Gemma, Phi and kin",
             fix=f"Use the merged model in {merged}",
         )
     shutil.rmtree(target / ".cache", ignore_errors=True)
     _write_graph(MergedWeights(merged, factors), target, forms, attention_windows(config))
+    copy_texts(merged, target)
+
+
+def copy_texts(merged: Path, target: Path) -> None:
+    """What a decoder's bundle says of its model beside the graph: configuration, tokenizer and chat template."""
     for name in ("config.json", "generation_config.json"):
         if (merged / name).exists():
             shutil.copyfile(merged / name, target / name)

@@ -176,19 +176,6 @@ def test_refusals_write_nothing(trained_run: Path, tmp_path: Path) -> None:
     )
 
 
-def test_gpt2_is_merged_and_its_graph_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = write_recipe(tmp_path, save_tiny_model(tmp_path / "model", "gpt2"), export={"merged": False})
-    run = train(recipe)
-    assert main(["export", str(run)]) == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert "GPT2LMHeadModel could not be written as an ONNX decoder" in error and "Allowed: the decoder" in error
-    assert f"Use the merged model in {run / 'merged'}" in error
-    assert AutoModelForCausalLM.from_pretrained(run / "merged").config.model_type == "gpt2", (
-        "kept, as it is all there is"
-    )
-    assert list((run / "bundles").iterdir()) == []
-
-
 def test_new_tokens_are_in_every_form(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, save_tiny_model(tmp_path / "model"), adapter={"new_tokens": ["<yes>", "<no>"]})
     run = train(recipe)
