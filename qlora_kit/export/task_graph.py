@@ -163,6 +163,13 @@ def quantized(graph: onnx.ModelProto, outputs: Sequence[str] | None = None) -> o
     Args:
         outputs: those that a head makes; all where left out.
     """
+    found = round_products(graph, _heads(graph.graph, outputs))
+    round_tables(found.graph)
+    return found
+
+
+def round_products(graph: onnx.ModelProto, kept: Sequence[str] = ()) -> onnx.ModelProto:
+    """Weights of matrix products in 8 bit, those of the nodes `kept` aside."""
     with _quiet():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -172,15 +179,14 @@ def quantized(graph: onnx.ModelProto, outputs: Sequence[str] | None = None) -> o
             block_size=BLOCK_SIZE,
             is_symmetric=False,  # zero points halve what rounding of weights costs, and cost no time
             accuracy_level=QUANTIZED_ACTIVATIONS,
-            nodes_to_exclude=_heads(graph.graph, outputs),
+            nodes_to_exclude=list(kept),
         )
         quantizer.process()
     found: onnx.ModelProto = quantizer.model.model
-    _round_tables(found.graph)
     return found
 
 
-def _round_tables(graph: onnx.GraphProto) -> None:
+def round_tables(graph: onnx.GraphProto) -> None:
     """Makes 8-bit codes of each large embedding that is nothing else."""
     tables = {tensor.name: tensor for tensor in graph.initializer}
     readers = Counter(name for node in graph.node for name in node.input)

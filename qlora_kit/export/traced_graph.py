@@ -23,7 +23,7 @@ from qlora_kit.errors import ExportError
 from qlora_kit.export.graph import GRAPH, copy_texts
 from qlora_kit.export.linear import MICROSOFT, GraphTensors, node
 from qlora_kit.export.parameters import Factors, multiplied
-from qlora_kit.export.task_graph import BLOCK_SIZE, exported, quantized, write_graph
+from qlora_kit.export.task_graph import BLOCK_SIZE, exported, round_products, round_tables, write_graph
 
 PROFILES = ("fp32", "int8")
 PAST, PRESENT = "past_key_values.%d", "present.%d"
@@ -90,9 +90,10 @@ def build_traced_graph(merged: Path, target: Path, profile: str, factors: Factor
         name,
     )
     if profile == "int8":
-        graph = quantized(graph, outputs=[])
+        graph = round_products(graph)
         if tied:
             _look_up_in_head(graph.graph, model)
+        round_tables(graph.graph)
     write_graph(graph, target / GRAPH)
     _write_genai_config(model, cache, target / "genai_config.json")
     copy_texts(merged, target)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from qlora_runtime import Bundle, Sampling, verify_directory
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_kit.cli import main
 from qlora_kit.errors import ExportError
+from qlora_kit.export import task_graph
 from qlora_kit.export.traced_graph import build_traced_graph
 from qlora_kit.generate import generate_ids
 from qlora_kit.model.load import to_reference
@@ -79,6 +81,29 @@ def test_int8_keeps_one_copy_of_a_tied_head(exported: Path) -> None:
     large = [tensor.dims for tensor in graph.initializer if 320 in tensor.dims and tensor.data_type != 1]
     assert sorted(map(list, large)) == [[320, 2], [320, 2, 32]], "codes and zero points, no table beside them"
     assert {made.op_type for made in graph.node} >= {"GatherBlockQuantized", "MatMulNBits"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_large_tables_are_codes(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_graph, "LARGE_TABLE", 1)
+    merged, target = save_tiny_model(tmp_path / "merged", "gpt2", tie=tied), tmp_path / "bundle"
+    target.mkdir()
+    build_traced_graph(merged, target, "int8")
+    graph = onnx.load(target / "onnx" / "model.onnx").graph
+    codes = [tensor.name for tensor in graph.initializer if 320 in tensor.dims and tensor.name.endswith("_Q8")]
+    assert len(codes) == (1 if tied else 2)
+    assert [made.op_type for made in graph.node].count("GatherBlockQuantized") == 2, "of tokens and of positions"
+    session = ort.InferenceSession(target / "onnx" / "model.onnx")
+    past = {
+        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past")
+    }
+    ids = np.arange(3, 40)[None]
+    (found,) = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **past})
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(merged)(torch.from_numpy(ids)).logits.numpy()
+    assert np.abs(found - expected).max() < 0.1 * expected.std()
 
 
 def test_onnxruntime_genai_answers_the_same(exported: Path) -> None:
