@@ -137,6 +137,7 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a hub id, a folder or a .gguf file")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder, for base.model of a recipe")
     parser.add_argument("--quant", choices=["nf4", "fp4", "int8"], default="nf4", help="default nf4")
+    parser.add_argument("--head-quant", choices=["none", "int8", "nf4"], default="none", help="base.head_quant")
     parser.add_argument("--no-double-quant", action="store_true", help="leave the 4-bit statistics in fp32")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="base.compute_dtype")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")

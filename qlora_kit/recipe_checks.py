@@ -29,11 +29,25 @@ def _length_problems(recipe: Recipe) -> list[str]:
     if recipe.adapter.trains_all and recipe.base.quant != "none":
         got = f"got {recipe.base.quant}; codes cannot be trained"
         problems.append(f"adapter.method {recipe.adapter.method} needs base.quant: none ({got})")
-    problems += _int4_problems(recipe)
+    problems += _int4_problems(recipe) + _head_problems(recipe)
     if _calibrates(recipe) and data.streaming:
         problems.append("adapter.calibration_rows needs rows that are read first: leave it out, or data.streaming")
     if train.early_stopping_patience and not train.eval_every:
         problems.append("train.early_stopping_patience needs train.eval_every")
+    return problems
+
+
+def _head_problems(recipe: Recipe) -> list[str]:
+    """What a head that is held as codes cannot have: it is frozen."""
+    if recipe.base.head_quant == "none":
+        return []
+    problems, adapter = [], recipe.adapter
+    if recipe.task.type != "causal_lm":
+        problems.append(f"base.head_quant needs task.type: causal_lm (got {recipe.task.type})")
+    if adapter.new_tokens:
+        problems.append("base.head_quant cannot be had with adapter.new_tokens, which train the head")
+    if adapter.trains_all:
+        problems.append(f"base.head_quant cannot be had with adapter.method {adapter.method}, which trains the head")
     return problems
 
 

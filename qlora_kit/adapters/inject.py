@@ -16,6 +16,7 @@ from qlora_kit.adapters.layer import LINEAR, AdaptedLayer
 from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.quantized import QuantizedLinear
+from qlora_kit.model.quantized_head import refuse_coded_head
 
 WrapLayer = Callable[[Any, str], AdaptedLayer]
 Kinds = tuple[type[nn.Module], ...]
@@ -92,6 +93,7 @@ def inject_layers(
         if is_tied_head(model, model.get_submodule(name)):
             untie_head(model)  # the delta is the head's alone
         base: Any = model.get_submodule(name)
+        refuse_coded_head(model, name, "target_modules")
         _check_kind(base, name, settings, kinds)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrap(base, name))
@@ -135,10 +137,10 @@ def expand_modules_to_save(model: nn.Module, names: list[str]) -> list[str]:
         if not matches:
             raise AdapterError("adapter.modules_to_save matches no module", got=entry, allowed=_endings(list(modules)))
         for name in matches:
+            refuse_coded_head(model, name, "modules_to_save")
             if any(isinstance(part, QuantizedLinear) for part in modules[name].modules()):
-                raise AdapterError(
-                    f"adapter.modules_to_save: {name} is quantized", fix="Load the base with it in skip_modules"
-                )
+                what = f"adapter.modules_to_save: {name} is quantized"
+                raise AdapterError(what, fix="Load the base with it in skip_modules")
             if not any(parameter.is_floating_point() for parameter in modules[name].parameters()):
                 raise AdapterError(f"adapter.modules_to_save: {name} has no weight to train", got=entry)
         found += matches
@@ -244,6 +246,5 @@ def _ends_with(name: str, ending: str) -> bool:
 
 
 def _endings(names: list[str]) -> str:
-    return ", ".join(
-        sorted({name.rsplit(".", 1)[-1] for name in names if name and not name.rsplit(".", 1)[-1].isdigit()})
-    )
+    ends = {name.rsplit(".", 1)[-1] for name in names if name}
+    return ", ".join(sorted(end for end in ends if not end.isdigit()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.errors import AdapterError
 from qlora_kit.kernels.frozen_linear import ExpandWeight
+from qlora_kit.kernels.pieced_cross_entropy import ExpandPiece
 from qlora_kit.model.quantized import QuantizedLinear
+from qlora_kit.model.quantized_head import expand_piece, vocabulary_pieces
 
 LinearLayer = nn.Linear | Conv1D | QuantizedLinear
 LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
@@ -122,3 +125,10 @@ def weight_expander(layer: LinearLayer) -> ExpandWeight:
         return layer.dequantize
     weight = layer.weight.detach()
     return (weight.T if isinstance(layer, Conv1D) else weight).to
+
+
+def piece_expander(layer: LinearLayer) -> tuple[ExpandPiece, list[slice]] | None:
+    """What expands some rows of a layer's weight, and which rows it takes; None where the weight is whole anyway."""
+    if not isinstance(layer, QuantizedLinear):
+        return None
+    return partial(expand_piece, layer), vocabulary_pieces(layer)

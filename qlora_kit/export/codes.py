@@ -23,6 +23,7 @@ from qlora_kit.export.linear import MICROSOFT, DataFile, Linear, read_tensor
 from qlora_kit.export.parameters import MergedWeights, Rows
 from qlora_kit.export.side_branch import branch_nodes, stacked
 from qlora_kit.model.quantized import QuantizedLinear
+from qlora_kit.model.quantized_head import coded_head
 
 QUANT_TYPES = {"fp4": 0, "nf4": 1}
 """bitsandbytes' names to MatMulBnb4's attribute."""
@@ -134,16 +135,19 @@ def _rows(name: str) -> list[Rows]:
 
 @torch.no_grad()
 def coded_layers(model: nn.Module) -> dict[str, CodedLayer]:
-    """The 4-bit layers of a tuned model by name, before it is merged.
+    """The 4-bit layers of a tuned model by name, before it is merged; its head ships expanded, whatever holds it.
 
     Raises:
         AdapterError: what an adapter adds to such a layer is no low-rank product.
     """
     found: dict[str, CodedLayer] = {}
+    head = coded_head(model)
     coded = {quant for quants in CODED_BASES.values() for quant in quants}
     for name, module in model.named_modules():
         base = module.base_layer if isinstance(module, AdaptedLinear) else module
-        if isinstance(base, QuantizedLinear) and base.quant in coded and not name.endswith(".base_layer"):
+        if base is head or name.endswith(".base_layer"):
+            continue
+        if isinstance(base, QuantizedLinear) and base.quant in coded:
             found[name] = CodedLayer(base, module.branch() if isinstance(module, AdaptedLinear) else None)
     return found
 

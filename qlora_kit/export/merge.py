@@ -19,6 +19,7 @@ from qlora_kit.adapters.layer import AdaptedLayer, AdaptedLinear
 from qlora_kit.errors import ExportError
 from qlora_kit.export.weight_files import WeightFiles
 from qlora_kit.model.quantized import QuantizedLinear
+from qlora_kit.model.quantized_head import CodedEmbedding
 
 T = TypeVar("T")
 Hold = Callable[[str, Tensor], Tensor]
@@ -62,6 +63,7 @@ def merge_adapter(
     report, transposed = [], conv1d_layers(model)
     if isinstance(input_embedding(model), AdaptedLayer) and is_tied_head(model, output_head(model)):
         untie_head(model)  # the delta is the embedding's alone
+    _expand_tied(model, hold, adjusted)
     for name, module in list(model.named_modules()):
         if isinstance(module, AdaptedLayer):
             merged = module.merged_weights()
@@ -88,6 +90,21 @@ def merge_adapter(
     if isinstance(model, PreTrainedModel):
         model.config.dtype = torch.float32
     return report
+
+
+def _expand_tied(
+    model: nn.Module, hold: Hold, adjusted: Callable[[str, QuantizedLinear, Tensor], Tensor] | None
+) -> None:
+    """An embedding that reads the codes of the head becomes a plain one, and the head's weight its own, in place."""
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, CodedEmbedding):
+            head, weight = module.head, module.head.dequantize(torch.float32)
+            weight = adjusted(name, head, weight) if adjusted else weight
+            plain = plain_linear(head, weight, as_conv1d=False)
+            _replace(model, name, module.expanded(nn.Parameter(weight, requires_grad=False)), hold)
+            plain.weight = model.get_submodule(name).weight
+            _replace(model, next(place for place, other in modules.items() if other is head), plain)
 
 
 def _checked(name: str, weight: Tensor, delta: Tensor) -> LayerDelta:

@@ -13,6 +13,7 @@ from qlora_kit.errors import ExportError
 from qlora_kit.export.merge import Hold, LayerDelta, in_memory, merge_adapter
 from qlora_kit.model.quantize import Quantization
 from qlora_kit.model.quantized import QuantizedLinear
+from qlora_kit.model.quantized_head import coded_head
 from qlora_kit.recipe import Onto
 from qlora_kit.train.adapted_model import int4_grid
 from qlora_kit.train.restore import load_run_base
@@ -36,9 +37,12 @@ def merge_onto(
         return merge_adapter(model, hold)
     base = run.recipe().base
     original = load_run_base(run, "none") if onto == "original" else None
+    head = coded_head(model)
     codes = Quantization(base.quant, base.double_quant, grid=int4_grid(base))
 
     def adjusted(name: str, layer: QuantizedLinear, weight: torch.Tensor) -> torch.Tensor:
+        if original is None and layer is head:
+            return weight  # no delta was added to it: it is rounded already
         if original is None:
             return codes.quantize(weight.contiguous(), None).dequantize(torch.float32)
         whole: Any = original.get_submodule(name)

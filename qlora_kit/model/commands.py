@@ -29,9 +29,10 @@ def _quantize(options: argparse.Namespace) -> None:
     source = find_base(options.model, options.revision)
     if is_stored(source.folder):
         raise ModelError(f"{options.model} is quantized already", fix="Give the model that it was made from")
-    quant = Quantization(options.quant, not options.no_double_quant)
+    quant = Quantization(options.quant, not options.no_double_quant, head=options.head_quant)
     how = made_as(source, quant.options(), dtype, "cpu", None, "AutoModelForCausalLM")
-    written = write_stored(load_base(source, quant.kind, quant.double_quant, dtype), source.folder, target, how)
+    model = load_base(source, quant.kind, quant.double_quant, dtype, head_quant=quant.head)
+    written = write_stored(model, source.folder, target, how)
     before = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     print(f"{target}: {options.quant}, {written / 2**30:.2f} GiB ({before / 2**30:.2f} before)")
 

@@ -23,10 +23,12 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.cache import cached, keep, made_as
+from qlora_kit.model.head_loading import take_over_head, with_coded_head
 from qlora_kit.model.int4_blocks import INT4_GRID, Int4Grid
 from qlora_kit.model.int4_loading import Int4Config
 from qlora_kit.model.quantize import Quantization, plan_quantization, unquantized_names
-from qlora_kit.model.quantized import QuantizedLinear, own_quantized_layers
+from qlora_kit.model.quantized import own_quantized_layers
+from qlora_kit.model.quantized_head import quantized_body
 from qlora_kit.model.source import BaseSource
 from qlora_kit.model.stored import check_stored, is_stored
 from qlora_kit.model.weights import first_line, refuse_missing_weights
@@ -62,6 +64,7 @@ def load_base(
     architecture: Architecture = CAUSAL_LM,
     grid: Int4Grid = INT4_GRID,
     cache: bool = False,
+    head_quant: str = "none",
 ) -> PreTrainedModel:
     """The base model, in evaluation mode, nothing trainable.
 
@@ -76,6 +79,7 @@ def load_base(
         architecture: which model is made; the weights of a fresh head are torch's random numbers.
         grid: of int4.
         cache: take the quantized base from the cache, or put it there.
+        head_quant: int8 or nf4 holds the output head as codes, and a tied embedding reads them; or none.
 
     Raises:
         ModelError: the folder cannot be read as such a model, weights are missing in it, or it is quantized otherwise.
@@ -84,7 +88,7 @@ def load_base(
     if architecture.fresh_head:
         skip_modules = [*(skip_modules or []), *head_modules(_empty(source, trust_remote_code, architecture))]
     now = "none" if quantize_later else quant
-    kind = Quantization(now, double_quant, grid=grid)
+    kind = Quantization(now, double_quant, grid=grid, head=head_quant)
     folder, wanted = source.folder, None
     if is_stored(folder):
         check_stored(source, kind if not quantize_later else None, skip_modules)
@@ -93,7 +97,7 @@ def load_base(
         folder = cached(wanted) or folder
     model, fresh = _from_pretrained(source, folder, options, kind, skip_modules, trust_remote_code, architecture)
     own_quantized_layers(model)
-    if now != "none" and not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if now != "none" and not quantized_body(model):
         raise ModelError(f"base.model {source.reference} has no linear layer to quantize", fix="Set base.quant=none")
     if wanted is not None and folder == source.folder:
         keep(model, source, wanted, fresh)
@@ -114,7 +118,7 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """The model as transformers loads it, whole or not at all, and the tensors of it that were made new."""
     try:
-        if quant.kind != "none" and not is_stored(folder):
+        if not (quant.kind == quant.head == "none" or is_stored(folder)):
             empty = _empty(source, trust_remote_code, architecture) if skip_modules else None
             keep = unquantized_names(empty, skip_modules) if empty is not None and skip_modules else None
             options["quantization_config"] = _quantization_config(quant, options["dtype"], keep)
@@ -138,6 +142,7 @@ def _from_pretrained(
             fix=f"Check that the folder holds a model that {architecture.auto_class} takes, and whole weight files",
         ) from error
     model, info = loaded
+    take_over_head(model, options["dtype"])
     refuse_missing_weights(info, source.reference, head_modules(model) if architecture.fresh_head else [])
     wrong = {key[0] if isinstance(key, tuple) else key for key in info.get("mismatched_keys", ())}
     return model, frozenset({*info["missing_keys"], *wrong})
@@ -200,7 +205,13 @@ def to_reference(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def _quantization_config(
+def _quantization_config(quant: Quantization, compute_dtype: torch.dtype, keep: list[str] | None) -> Any:
+    """What transformers is told."""
+    others = None if quant.kind == "none" else _body_config(quant, compute_dtype, keep)
+    return others if quant.head == "none" else with_coded_head(others, quant.head, quant.double_quant)
+
+
+def _body_config(
     quant: Quantization, compute_dtype: torch.dtype, keep: list[str] | None
 ) -> BitsAndBytesConfig | Int4Config:
     if quant.kind == "int4":

@@ -29,12 +29,15 @@ class Quantization:
     double_quant: bool = True
     names: frozenset[str] = frozenset()
     grid: Int4Grid = INT4_GRID
+    head: str = "none"
+    """Of the output head: int8, nf4 or none."""
 
     def options(self) -> dict[str, Any]:
         """The kind, and those of its options that decide over its bytes."""
+        head = {} if self.head == "none" else {"head": self.head, "double_quant": self.double_quant}
         if self.kind == "int4":
-            return {"kind": self.kind, "grid": asdict(self.grid)}
-        return {"kind": self.kind, "double_quant": self.double_quant}
+            return {"kind": self.kind, "grid": asdict(self.grid)} | head
+        return {"kind": self.kind, "double_quant": self.double_quant} | head
 
     def quantize(self, weight: Tensor, bias: nn.Parameter | None) -> QuantizedLinear:
         """A layer of the codes and statistics that loading gives for `weight` [out, in], of a float dtype, on its
@@ -87,7 +90,8 @@ def planned_quantization(model: Any) -> Quantization:
     Raises:
         ModelError: the model is quantized already.
     """
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if any(isinstance(module, QuantizedLinear) and module is not head for module in model.modules()):
         raise ModelError(
             "the base is quantized already, and the adapter's method needs it whole",
             fix="Load it with load_base(..., quantize_later=True)",

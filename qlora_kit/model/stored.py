@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qlora_kit.errors import ModelError
 from qlora_kit.model.quantize import Quantization
 from qlora_kit.model.quantized import QuantizedLinear
+from qlora_kit.model.quantized_head import coded_head, head_weights, put_coded_head
 from qlora_kit.model.source import BaseSource
 
 MANIFEST = "quantized.json"
@@ -89,6 +90,12 @@ def check_stored(source: BaseSource, wanted: Quantization | None, skip_modules: 
         raise ModelError(
             f"base.model {source.reference} is stored as {made['kind']}", got=wanted.kind, allowed=made["kind"], fix=fix
         )
+    if wanted.head != made.get("head", "none"):
+        head = made.get("head", "none")
+        fix = f"Set base.head_quant={head}, or give the folder of the model that it was made from"
+        raise ModelError(
+            f"base.model {source.reference} is stored with its head as {head}", got=wanted.head, allowed=head, fix=fix
+        )
     for option, value in wanted.options().items():
         if wanted.kind != "int8" and value != made.get(option):
             fix = f"Set base.{option}={json.dumps(made.get(option))}, or quantize it again"
@@ -114,11 +121,16 @@ class StoredQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         for name, described in read_stored(Path(checkpoint_files[0]).parent).layers.items():
+            if model.get_submodule(name) is model.get_output_embeddings():
+                _prepare_embedding(model)
             model.set_submodule(name, _empty_layer(described, model.get_submodule(name).bias))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for layer in quantized_layers(model).values():
             del layer.weight
+        if (head := coded_head(model)) is not None:
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+            put_coded_head(model, head, model.config.dtype)
 
     def is_serializable(self) -> bool:
         return False
@@ -132,12 +144,29 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
+def _prepare_embedding(model: Any) -> None:
+    """Of a head that is stored as codes: where it is tied, the embedding's weight is in no file, and nothing ties it
+    while the codes are read."""
+    for name in head_weights(model)[1:]:
+        embedding = model.get_submodule(name.removesuffix(".weight"))
+        del embedding.weight
+        embedding.weight = _no_weight()
+    model.all_tied_weights_keys = {}
+
+
+def _no_weight() -> torch.Tensor:
+    """For some models' own initialization, which asks for one."""
+    weight: Any = torch.empty(0)
+    weight._is_hf_initialized = True
+    found: torch.Tensor = weight
+    return found
+
+
 def _empty_layer(described: dict[str, Any], bias: nn.Parameter | None) -> QuantizedLinear:
     layer: Any = QuantizedLinear(described["in_features"], described["out_features"], described["quant"], bias)
     layer.block_size, layer.nested_block_size = described["block_size"], described["nested_block_size"]
     for name, (dtype, shape) in described["buffers"].items():
         layer.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device="meta"))
-    layer.weight = torch.empty(0)  # some models' own initialization asks for it
-    layer.weight._is_hf_initialized = True
+    layer.weight = _no_weight()
     found: QuantizedLinear = layer
     return found

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.adapters.layer import LINEAR, weight_expander
+from qlora_kit.adapters.layer import LINEAR, LinearLayer, piece_expander, weight_expander
 from qlora_kit.kernels.linear_cross_entropy import head_cross_entropy, linear_cross_entropy
+from qlora_kit.kernels.pieced_cross_entropy import pieced_cross_entropy
 from qlora_kit.tasks.logits import kept_logits, unwrapped
 
 LARGE_LOGIT = 16384.0  # fp16 holds it, and bf16 exactly
@@ -35,12 +36,19 @@ def losses_at_head(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
     carries = labels != -100
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
     if isinstance(head, LINEAR) and not any(weight.requires_grad for weight in head.parameters()):
-        found = linear_cross_entropy(hidden[carries], weight_expander(head), head.bias, labels[carries])
+        found = _frozen_head_losses(head, hidden[carries], labels[carries])
     else:
         vocab = plain.get_input_embeddings().weight.shape[0]
         found = head_cross_entropy(hidden[carries], head, labels[carries], vocab)
     losses[carries] = found
     return losses, labels
+
+
+def _frozen_head_losses(head: LinearLayer, hidden: Tensor, labels: Tensor) -> Tensor:
+    """[tokens] of hidden [tokens, width]; a head that is held as codes is expanded in pieces."""
+    if (in_pieces := piece_expander(head)) is not None:
+        return pieced_cross_entropy(hidden, *in_pieces, head.bias, labels)
+    return linear_cross_entropy(hidden, weight_expander(head), head.bias, labels)
 
 
 def hidden_of_loss_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

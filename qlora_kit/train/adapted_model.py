@@ -14,11 +14,12 @@ from qlora_kit.adapters.method import Method, SomeBatches
 from qlora_kit.adapters.methods import METHODS, method_for
 from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.data.template import resolve_template
-from qlora_kit.errors import TrainingError
+from qlora_kit.errors import ModelError, TrainingError
 from qlora_kit.kernels.tiled_mlp import tile_mlps
 from qlora_kit.model.int4_blocks import Int4Grid
 from qlora_kit.model.load import DTYPES, Architecture, head_modules, load_base, load_tokenizer
 from qlora_kit.model.processor import load_processor
+from qlora_kit.model.quantized_head import coded_head
 from qlora_kit.model.source import BaseSource
 from qlora_kit.recipe import BaseSection, Recipe
 from qlora_kit.tasks.registry import task_class
@@ -83,6 +84,7 @@ def load_for_training(
         architecture=architecture_of(task),
         grid=int4_grid(recipe.base),
         cache=recipe.base.cache,
+        head_quant=recipe.base.head_quant,
     )
     torch.manual_seed(seed_for(recipe.run.seed, "init"))
     if not task.processor:
@@ -103,9 +105,19 @@ def load_for_training(
 
 
 def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives the model, in place, the tokenizer's padding and an embedding of each of its tokens."""
+    """Gives the model, in place, the tokenizer's padding and an embedding of each of its tokens.
+
+    Raises:
+        ModelError: there are more tokens than the codes of a quantized head.
+    """
     model.config.pad_token_id = tokenizer.pad_token_id  # a decoder's head reads the last token before padding
     if len(tokenizer) > cast(Tensor, model.get_input_embeddings().weight).shape[0]:
+        if coded_head(model) is not None:
+            raise ModelError(
+                "the tokenizer has more tokens than the model has words, and codes cannot grow",
+                got=len(tokenizer),
+                fix="Set base.head_quant=none",
+            )
         model.resize_token_embeddings(len(tokenizer))
 
 

@@ -78,6 +78,7 @@ def at_start(session: Session) -> dict[str, Any]:
             "fingerprint": session.source.fingerprint(),
             "files": session.source.sha256,
             "quant": session.recipe.base.quant,
+            "head_quant": session.recipe.base.head_quant,
             "quantized_layers": len(quantized),
             "quantized_bytes": sum(module.stored_bytes() for module in quantized),
         },

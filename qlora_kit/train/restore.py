@@ -54,6 +54,9 @@ def load_run_base(
 ) -> PreTrainedModel:
     """The base model of a run, in its quantization or in another; whole where it is to be quantized later.
 
+    Args:
+        quant: none, given so, is of the head too.
+
     Raises:
         RunError: the base is not the one the run was trained on.
     """
@@ -78,6 +81,7 @@ def load_run_base(
         architecture=architecture_of(task),
         grid=int4_grid(base),
         cache=base.cache,
+        head_quant="none" if quant == "none" else base.head_quant,
     )
     if not task.processor:
         model.config.pad_token_id = load_run_tokenizer(run).pad_token_id
