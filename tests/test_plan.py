@@ -14,6 +14,7 @@ import pytest
 import torch
 from planned_models import CONFIGS, LLAMA, parts, recipe_of, tiny_model
 from rich.console import Console
+from tiny_models import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.adapters.inject import trainable_parameters
@@ -97,6 +98,23 @@ def test_base_bytes_of_int4_are_those_of_its_blocks(block_size: int, saved_llama
     found = plan(recipe_of(base=base), find_config(BaseSection(model=str(saved_llama))))
     names = ("linear layers", "embeddings", "output head", "norms and biases")
     assert sum(parts(found)[name] for name in names) == stored
+
+
+@pytest.mark.parametrize("head", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_bytes_of_a_coded_head_are_those_that_are_stored(tmp_path: Path, tie: bool, kind: str, head: str) -> None:
+    save_tiny_model(tmp_path, kind, tie)
+    model = load_base(find_base(str(tmp_path)), "nf4", compute_dtype=torch.bfloat16, head_quant=head)
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    stored += sum(module.stored_bytes() for module in model.modules() if isinstance(module, QuantizedLinear))
+    recipe = recipe_of(base={"model": "tiny", "head_quant": head})
+    found = plan(recipe, find_config(BaseSection(model=str(tmp_path))))
+    names = ("linear layers", "embeddings", "output head", "norms and biases")
+    assert sum(parts(found)[name] for name in names) == stored
+    note = next(part.note for part in found.components if part.name == "output head")
+    assert note.startswith(f"{head}; ") and ("the embedding reads it too" in note) == tie
+    assert plan(recipe, find_config(BaseSection(model=str(tmp_path))), "cpu", "bf16").mapped_bytes < stored
 
 
 @pytest.mark.parametrize("weights", [100, 4095, 4096, 5000, 8192])
@@ -266,6 +284,13 @@ def test_json_and_table_name_the_sums() -> None:
 def test_wrong_input_is_named(error: type[Exception], config: dict | None, adapter: dict, match: str) -> None:
     with pytest.raises(error, match=match):
         plan(recipe_of(adapter=adapter), LLAMA | {"model_type": "llama"} if config is None else config)
+
+
+@pytest.mark.parametrize("adapter", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_a_coded_head_is_not_trained(adapter: dict[str, Any]) -> None:
+    config = LLAMA | {"model_type": "llama", "tie_word_embeddings": True}
+    with pytest.raises(AdapterError, match=r"weight is to be trained, and base.head_quant holds it.*head_quant=none"):
+        plan(recipe_of(adapter=adapter, base={"head_quant": "int8"}), config)
 
 
 def test_planning_imports_no_torch() -> None:

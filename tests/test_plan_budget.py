@@ -72,6 +72,18 @@ def test_bits_go_before_length(base: Path) -> None:
     assert least.base.quant != "none" and least.data.max_seq_len == 512
 
 
+def test_a_frozen_head_is_coded_before_the_base_or_the_length_suffers(base: Path) -> None:
+    recipe = recipe_on(base, micro_batch_size=1, gradient_checkpointing=True)
+    recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"batch_size": 1})})
+    found = must_fit(recipe, plan_recipe(recipe, "cuda").total_bytes - 8 * MIB, "cuda")
+    assert ("base.head_quant", "none", "int8") in [change[:3] for change in found.changes]
+    assert "base.head_quant=int8" in found.overrides and found.recipe.data.max_seq_len == 512
+    for adapter in ({"modules_to_save": ["lm_head"]}, {"new_tokens": ["<x>"]}):
+        trained = recipe.model_copy(update={"adapter": recipe_of(adapter=adapter).adapter})
+        smaller = fitting(trained, plan_recipe(trained, "cuda").total_bytes - 8 * MIB, "cuda")
+        assert smaller is None or smaller.recipe.base.head_quant == "none"
+
+
 def test_an_evaluation_that_takes_most_gets_fewer_rows_at_once(base: Path) -> None:
     recipe = recipe_on(base, micro_batch_size=1)
     recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"batch_size": 64})})

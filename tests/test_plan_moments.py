@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_kit.adapters.methods import method_for
 from qlora_kit.adapters.settings import AdapterSettings, DoraSettings, LoraSettings
 from qlora_kit.model.quantize import plan_quantization, quantize_planned
+from qlora_kit.model.quantized_head import put_coded_head, quantize_head
 from qlora_kit.plan import model_shapes, plan
 from qlora_kit.plan.decoder_layer import Batch, kept_bytes
 from qlora_kit.plan.layer_shape import layer_shapes
@@ -45,6 +46,9 @@ def built(kind: str, batch: Batch, settings: AdapterSettings, **options: Any) ->
     plan_quantization(model, batch.quant, True, None)
     if batch.quant != "none":
         quantize_planned(model, [])
+    if batch.head_quant != "none":
+        head = model.get_output_embeddings()
+        put_coded_head(model, quantize_head(head.weight, batch.head_quant, True, None), head.weight.dtype)
     method_for(settings).inject(model)
     shapes = model_shapes(json.loads(config.to_json_string(use_diff=False)))
     targets = find_targets(shapes, settings.wanted_layers)
@@ -143,6 +147,8 @@ def allocated_peak(step: Callable[[], None]) -> int:
         (batch_of(rows=2, length=512), 300),
         (batch_of(rows=2, length=512, width=4, gradient_width=4), 300),
         (batch_of(rows=2, length=256), 40000),
+        (batch_of(rows=2, length=256, head_quant="nf4"), 160000),
+        (batch_of(rows=2, length=256, head_quant="int8", width=4, gradient_width=4), 160000),
     ],
 )
 def test_the_peak_of_a_step_is_the_plans(batch: Batch, vocab: int, checkpointed: bool) -> None:
@@ -167,6 +173,7 @@ def test_the_peak_of_a_step_is_the_plans(batch: Batch, vocab: int, checkpointed:
         ("llama", batch_of(rows=2, length=512), 300),
         ("llama", batch_of(rows=2, length=512, width=4), 300),
         ("llama", batch_of(rows=2, length=256), 40000),
+        ("llama", batch_of(rows=2, length=256, head_quant="int8"), 160000),
         ("phi3", batch_of(rows=4, length=512), 300),
         ("qwen2", batch_of(rows=4, length=512, quant="int8"), 300),
     ],

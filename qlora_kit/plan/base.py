@@ -55,14 +55,20 @@ def base_parts(
     if whole:
         yield Component("linear layers trained in full", plain(f"{linear.name}.weight" for linear in whole), True)
     biases = plain(f"{linear.name}.bias" for linear in shapes.linears if linear.bias)
+    coded = base.head_quant != "none"
+    embedding = next(iter(shapes.embeddings))
     yield Component(
         "embeddings",
-        plain(shapes.embeddings),
+        plain(name for name in shapes.embeddings if not (coded and shapes.tied and name == embedding)),
         True,
         base.compute_dtype,
         mapped and not in_full.keys() & shapes.embeddings.keys(),
     )
-    yield _head(shapes, untied, base.compute_dtype, plain, mapped and f"{shapes.head.name}.weight" not in in_full)
+    if coded:
+        yield _coded_head(shapes, base)
+    else:
+        in_files = mapped and f"{shapes.head.name}.weight" not in in_full
+        yield _head(shapes, untied, base.compute_dtype, plain, in_files)
     yield Component("norms and biases", plain(shapes.norms) + biases, True, base.compute_dtype, mapped)
 
 
@@ -76,6 +82,14 @@ def _head(
     if not untied:
         return Component("output head", 0, True, "tied to the embedding")
     return Component("output head", shapes.head.weights * BYTES[dtype], True, "the embedding copied, for an adapter")
+
+
+def _coded_head(shapes: ModelShapes, base: BaseSection) -> Component:
+    """model/quantized_head.py."""
+    head = shapes.head
+    size = stored_bytes(head.weights, head.out_features, base.model_copy(update={"quant": base.head_quant}))
+    bits = f"{base.head_quant}; {8 * size / head.weights:.2f} bits a weight"
+    return Component("output head", size, True, bits + ("; the embedding reads it too" if shapes.tied else ""))
 
 
 def loading_parts(parameters: dict[str, int], targets: list[Linear], recipe: Recipe) -> Iterable[Component]:
@@ -101,7 +115,7 @@ def teacher_parts(shapes: ModelShapes, parameters: dict[str, int], recipe: Recip
     if distill.teacher != "base":
         yield Component("teacher", 0, False, f"not counted: {distill.teacher} is not looked at")
         return
-    base = recipe.base.model_copy(update={"quant": distill.quant, "double_quant": True})
+    base = recipe.base.model_copy(update={"quant": distill.quant, "double_quant": True, "head_quant": "none"})
     size = sum(part.bytes for part in base_parts(shapes, parameters, base, {}, {}))
     if distill.top_k is None:
         yield Component("teacher", size, True, f"the base in {distill.quant}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from qlora_kit.errors import TrainingError
+from qlora_kit.errors import AdapterError, TrainingError
 from qlora_kit.plan.find_config import find_config
 from qlora_kit.plan.headers import stored_dtype
 from qlora_kit.plan.memory import Plan, plan
@@ -56,7 +56,8 @@ def plan_recipe(recipe: Recipe, device: Device) -> Plan:
 def fitting(recipe: Recipe, budget: int, device: Device) -> Choice | None:
     """The fastest variant of a recipe that takes at most `budget` bytes; None where none does.
 
-    Rows of a step stay. What costs nothing but time is changed first; then bits of the base; then the length of rows.
+    Rows of a step stay. What costs nothing but time is changed first; then bits of the head, which hardly change the
+    loss in int8 (docs/benchmarks.md); then bits of the base; then the length of rows.
     """
     config = find_config(recipe.base)
     stored = stored_dtype(recipe.base, config)
@@ -64,9 +65,11 @@ def fitting(recipe: Recipe, budget: int, device: Device) -> Choice | None:
     def planned(candidate: Recipe) -> Plan:
         return plan(candidate, config, device, stored)
 
-    for length, quant in product(_LENGTHS, _SMALLER.get(recipe.base.quant, (recipe.base.quant,))):
+    quants, heads = _SMALLER.get(recipe.base.quant, (recipe.base.quant,)), _heads(recipe, config)
+    for length, quant, head in product(_LENGTHS, quants, heads):
         found = []
-        for candidate in _same_result(recipe, length, quant, device):
+        start = _with(recipe, {"base.head_quant": head})
+        for candidate in _same_result(start, length, quant, device):
             result = planned(candidate)
             if result.total_bytes <= budget:
                 changed = len(list(_changed(recipe, candidate)))
@@ -84,6 +87,18 @@ def fitting(recipe: Recipe, budget: int, device: Device) -> Choice | None:
             ]
             return Choice(best, result, changes, time / _time(recipe, planned(recipe)))
     return None
+
+
+def _heads(recipe: Recipe, config: dict[str, Any]) -> tuple[str, ...]:
+    """How the head may be stored: as the recipe has it, and where it is frozen and not yet codes, in int8."""
+    kept = recipe.base.head_quant
+    if kept != "none" or "quantization_config" in config or recipe.task.type != "causal_lm":
+        return (kept,)
+    try:
+        plan(_with(recipe, {"base.head_quant": "int8"}), config)
+    except AdapterError:
+        return (kept,)
+    return kept, "int8"
 
 
 def must_fit(recipe: Recipe, budget: int, device: Device) -> Choice:

@@ -25,6 +25,7 @@ class Batch:
         dropout: whether inputs of adapters are dropped, which keeps a copy and a mask of each.
         quantized: none, or how the projections are stored.
         gradient_width: bytes of an adapter's gradient.
+        head_quant: none, or how the output head is stored.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class Batch:
     dropout: bool
     quant: str
     gradient_width: int
+    head_quant: str = "none"
 
     @property
     def tokens(self) -> int:

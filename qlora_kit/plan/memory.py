@@ -17,7 +17,7 @@ from qlora_kit.plan.moments import Moment, moments
 from qlora_kit.plan.shapes import Linear, ModelShapes, model_shapes
 from qlora_kit.plan.stored import BYTES, Device, optimizer_bytes
 from qlora_kit.plan.time import flops_per_token
-from qlora_kit.plan.trained import find_targets, parameters_saved, trained_biases
+from qlora_kit.plan.trained import find_targets, parameters_saved, refuse_trained_head, trained_biases
 from qlora_kit.recipe import Recipe, TrainSection
 
 Tensor = tuple[int, str]
@@ -107,7 +107,7 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda", stored
     Raises:
         ModelError: the architecture is unknown or the config incomplete.
         AdapterError: target_modules, modules_to_save or a layer's own rank or alpha match nothing, or both of the
-            former one layer; or nothing would be trained.
+            former one layer; or nothing would be trained; or base.head_quant is of a head that is.
     """
     shapes = model_shapes(config)
     parameters = shapes.parameters()
@@ -122,6 +122,8 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda", stored
         raise AdapterError(
             "a layer is both a target and a module to save", got=both[0], fix="Remove it from one of them"
         )
+    if recipe.base.head_quant != "none":
+        refuse_trained_head(shapes, {f"{target.name}.weight" for target in targets} | saved.keys())
     adapter.check_layers([linear.name for linear in targets])
     added = adapter_tensors(targets, shapes.hidden, adapter)
     weights = sum(size for size, _ in added)

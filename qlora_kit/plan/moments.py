@@ -83,6 +83,7 @@ def _batch(recipe: Recipe, rows: int, gradient_width: int) -> Batch:
         dropout=bool(gradient_width and getattr(recipe.adapter, "dropout", 0)),
         quant=recipe.base.quant,
         gradient_width=gradient_width,
+        head_quant=recipe.base.head_quant,
     )
 
 

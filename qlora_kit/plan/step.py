@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from qlora_kit.plan.decoder_layer import KEPT, PASSING, Batch, backward, forward, forward_only
+from dataclasses import replace
+
+from qlora_kit.plan.decoder_layer import EXPANDED, KEPT, PASSING, Batch, backward, expanded_bytes, forward, forward_only
 from qlora_kit.plan.layer_shape import LayerShape
 from qlora_kit.plan.shapes import ModelShapes
 from qlora_kit.plan.tape import Tape
 
 INPUTS, LOSS, SAVING, UPDATE = "layer inputs kept", "logits and loss", "copies while saving", "one weight updated"
 CHUNK_LOGITS = 2**24  # kernels/token_chunks.py
+PIECE_WEIGHTS = 2**24  # model/quantized_head.py
 
 
 def training_tape(
@@ -49,12 +52,34 @@ def _loss(tape: Tape, shapes: ModelShapes, batch: Batch, whole: bool) -> None:
     tape.take(KEPT, 4 * tokens * (shapes.hidden + 1))
     if whole:
         tape.brief(LOSS, 12 * tokens * shapes.vocab)  # log-softmax, its gradient and the loss's, in fp32
+        tape.brief(EXPANDED, _expanded_head(shapes.head.weights, batch))
+    elif batch.head_quant != "none":
+        tape.take(PASSING, 3 * stream)
+        _loss_in_pieces(tape, shapes, batch, gradients=True)
+        tape.give(PASSING, 3 * stream)
     else:
         tape.take(PASSING, 3 * stream)  # inputs of tokens with loss, twice, and the gradients of each one's loss
         tape.brief(LOSS, 8 * min(CHUNK_LOGITS // shapes.vocab * shapes.vocab, tokens * shapes.vocab))
         tape.give(PASSING, 3 * stream)
     tape.brief(PASSING, stream + 20 * tokens * shapes.hidden)
     tape.give(KEPT, 4 * tokens * (shapes.hidden + 1))
+
+
+def _loss_in_pieces(tape: Tape, shapes: ModelShapes, batch: Batch, gradients: bool) -> None:
+    """kernels/pieced_cross_entropy.py: a piece of the head at a time, and the sums of the tokens of a chunk."""
+    rows = min(shapes.vocab, max(1, PIECE_WEIGHTS // shapes.hidden))
+    tokens = min(batch.tokens, max(1, CHUNK_LOGITS // rows))
+    sums = (4 + batch.width) * tokens * shapes.hidden if gradients else 0  # of rows; the own ones
+    tape.take(PASSING, sums)
+    tape.brief(EXPANDED, _expanded_head(rows * shapes.hidden, batch))
+    tape.take(EXPANDED, rows * shapes.hidden * batch.width)
+    tape.brief(LOSS, (4 if batch.width == 4 else 6) * tokens * rows)  # in fp32, before or after in the compute dtype
+    tape.give(EXPANDED, rows * shapes.hidden * batch.width)
+    tape.give(PASSING, sums)
+
+
+def _expanded_head(weights: int, batch: Batch) -> int:
+    return expanded_bytes(weights, replace(batch, quant=batch.head_quant))
 
 
 def evaluation_tape(held: dict[str, int], shapes: ModelShapes, layers: list[LayerShape], batch: Batch) -> Tape:
@@ -65,7 +90,10 @@ def evaluation_tape(held: dict[str, int], shapes: ModelShapes, layers: list[Laye
     tape.take(PASSING, stream)  # the embeddings, to the end
     forward_only(tape, layers[-1], batch)
     tape.take(PASSING, stream)
-    tape.brief(LOSS, 8 * min(CHUNK_LOGITS, batch.tokens * shapes.vocab))
+    if batch.head_quant == "none":
+        tape.brief(LOSS, 8 * min(CHUNK_LOGITS, batch.tokens * shapes.vocab))
+    else:
+        _loss_in_pieces(tape, shapes, batch, gradients=False)
     return tape
 
 

@@ -64,6 +64,15 @@ def parameters_saved(parameters: dict[str, int], shapes: ModelShapes, adapter: A
     return {name: size for name, size in parameters.items() if any(name.startswith(f"{module}.") for module in found)}
 
 
+def refuse_trained_head(shapes: ModelShapes, trained: set[str]) -> None:
+    """Raises an AdapterError where the weight of the head is among those that are trained."""
+    names = [f"{shapes.head.name}.weight", *(list(shapes.embeddings)[:1] if shapes.tied else [])]
+    for name in names:
+        if name in trained:
+            fix = "Set base.head_quant=none"
+            raise AdapterError(f"{name} is to be trained, and base.head_quant holds it as codes", fix=fix)
+
+
 def trained_biases(parameters: dict[str, int], targets: list[Linear], kind: str) -> dict[str, int]:
     """The base's biases that `adapter.bias` trains: none, those of the targets (lora_only), or all."""
     if kind == "all":
