@@ -57,7 +57,7 @@ def fitting(recipe: Recipe, budget: int, device: Device) -> Choice | None:
     """The fastest variant of a recipe that takes at most `budget` bytes; None where none does.
 
     Rows of a step stay. What costs nothing but time is changed first; then bits of the head, which hardly change the
-    loss in int8 (docs/benchmarks.md); then bits of the base; then the length of rows.
+    loss in int8 (benchmarks/head_quant.md); then bits of the base; then the length of rows.
     """
     config = find_config(recipe.base)
     stored = stored_dtype(recipe.base, config)

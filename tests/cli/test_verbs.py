@@ -82,6 +82,9 @@ def test_quantize_and_cache(tiny_llama: Path, tmp_path: Path, capsys: pytest.Cap
     assert "exists" in capsys.readouterr().err
     assert main(["quantize", str(stored), "--output", str(tmp_path / "again")]) == 2
     assert "quantized already" in capsys.readouterr().err
+    assert main(["quantize", str(tiny_llama), "--output", str(tmp_path / "head"), "--head-quant", "int8"]) == 0
+    layers = json.loads((tmp_path / "head" / "quantized.json").read_text(encoding="utf-8"))["layers"]
+    assert layers["lm_head"]["quant"] == "int8" and len(layers) == 15
     cases = {
         "plain": (tiny_llama, False),
         "kept": (tiny_llama, True),
