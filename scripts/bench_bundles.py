@@ -4,7 +4,8 @@
 
 Each task's short run (task_runs.py) is exported with that many rows of proof, and judged by what its bundles' manifests
 say: the largest distance of a logit, and the share of labels, tags, answers or tokens of a translation that are the
-same. In a folder with the recipes' demo/ and data/. Writes benchmarks/bundles.json and .md.
+same. In a folder with the recipes' demo/ and data/. Writes benchmarks/bundles.json and .md; tasks that are not named
+stay as they are there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_bundles"), help="where the runs lie")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are written")
     options = parser.parse_args()
-    found = {}
+    file = options.out / "bundles.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    asked = {"rows": options.rows, "steps": options.steps}
+    found = known.get("runs", {}) if {name: known.get(name) for name in asked} == asked else {}
     for name in options.tasks or TASKS:
         found[name] = _export(train_task(name, options.runs, options.steps), options.rows)
         _report(found, options)  # each time: what is done stays done
@@ -84,7 +88,8 @@ def _report(found: dict[str, dict[str, dict[str, Any]]], options: argparse.Names
         "| run | task | profile | MiB | rows | largest difference | same decisions | passed |\n"
         "|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n\n"
         "NF4 and LoRA on MiniLM, "
-        f"{steps} steps of 16 rows; the translation's T5 is small, of random weights, and trained whole.\n\n"
+        f"{steps} steps; entities and answers by their shipped recipes to the end. The translation's T5 is small, "
+        "of random weights, and trained whole.\n\n"
         f"`python scripts/bench_bundles.py` on {hardware_line(environment)}"
     )
     write("bundles", {"rows": rows, "steps": steps, "runs": found, **environment}, table, options.out)
