@@ -34,7 +34,9 @@ class Quantization:
 
     def options(self) -> dict[str, Any]:
         """The kind, and those of its options that decide over its bytes."""
-        head = {} if self.head == "none" else {"head": self.head, "double_quant": self.double_quant}
+        head: dict[str, Any] = {} if self.head == "none" else {"head": self.head}
+        if self.head == "nf4":
+            head["double_quant"] = self.double_quant
         if self.kind == "int4":
             return {"kind": self.kind, "grid": asdict(self.grid)} | head
         return {"kind": self.kind, "double_quant": self.double_quant} | head

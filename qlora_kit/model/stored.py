@@ -97,7 +97,8 @@ def check_stored(source: BaseSource, wanted: Quantization | None, skip_modules: 
             f"base.model {source.reference} is stored with its head as {head}", got=wanted.head, allowed=head, fix=fix
         )
     for option, value in wanted.options().items():
-        if wanted.kind != "int8" and value != made.get(option):
+        decides = (wanted.kind, wanted.head) not in (("int8", "none"), ("int8", "int8"))
+        if decides and value != made.get(option):
             fix = f"Set base.{option}={json.dumps(made.get(option))}, or quantize it again"
             raise ModelError(f"base.model {source.reference} is stored otherwise", got=value, fix=fix)
     for name in skip_modules or []:
