@@ -18,8 +18,9 @@ from bench_runs import RESULTS, environment, hardware_line, train_run, write
 
 HEADS = {"none": "16 bit", "int8": "int8", "nf4": "nf4, double"}
 ROWS_AT_ONCE = 10
-READ = """Through codes or through the dequantized head, the loss is the same: pieces only sum in another order. int8 stays under
-0.5% of the 16-bit head's loss, before training and after it; nf4 does not, so `plan --budget` chooses int8 alone.
+READ = """\
+Through codes or through the dequantized head the loss is the same: pieces only sum in another order. int8 stays
+under 0.5% of the 16-bit head's loss, before training and after; nf4 does not, so `plan --budget` chooses int8 alone.
 """
 SEED, SAMPLES = 0, 10_000  # of the bootstrap
 

@@ -20,7 +20,7 @@ from qlora_kit.model.quantized import QuantizedLinear, bnb
 
 HEAD_KINDS = ("int8", "nf4")
 PIECE_WEIGHTS = 2**24  # of a piece: 32 MiB in 16 bit
-_AT_ONCE = 2**20  # weights of rows that are expanded together, each with some integers beside it
+_AT_ONCE = 2**20  # weights whose intermediates are there together: some numbers a weight
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def quantize_head(weight: Tensor, kind: str, double_quant: bool, bias: nn.Parame
     layer = QuantizedLinear(width, vocab, "int8", bias)
     layer.register_buffer("codes", torch.empty(vocab, width, dtype=torch.int8, device=weight.device))
     layer.register_buffer("absmax", torch.empty(vocab, device=weight.device))
-    for place in _slices(vocab, PIECE_WEIGHTS // width):
+    for place in _slices(vocab, _AT_ONCE // width):
         rows = weight[place].to(torch.float16).contiguous()
         layer.codes[place], layer.absmax[place], _ = bnb.functional.int8_vectorwise_quant(rows)
     return layer
@@ -53,7 +53,7 @@ def expand_piece(layer: QuantizedLinear, place: slice, dtype: torch.dtype) -> Te
     if layer.kept is not None and layer.kept.dtype == dtype:
         return layer.kept[place]
     if layer.quant == "int8":
-        return bnb.functional.int8_vectorwise_dequant(layer.codes[place], layer.absmax[place]).to(dtype)
+        return _expand_int8(layer.codes[place], layer.absmax[place], dtype)
     width, rows = layer.in_features, place.stop - place.start
     first, last = place.start * width, place.stop * width
     part = QuantizedLinear(width, rows, layer.quant, None)
@@ -70,7 +70,7 @@ def expand_rows(layer: QuantizedLinear, ids: Tensor, dtype: torch.dtype) -> Tens
     if layer.kept is not None and layer.kept.dtype == dtype:
         return layer.kept[ids]
     if layer.quant == "int8":
-        return bnb.functional.int8_vectorwise_dequant(layer.codes[ids], layer.absmax[ids]).to(dtype)
+        return _expand_int8(layer.codes[ids], layer.absmax[ids], dtype)
     found = torch.empty(len(ids), layer.in_features, dtype=dtype, device=layer.codes.device)
     codes = layer.codes.view(torch.uint8).view(-1)
     for place in _slices(len(ids), _AT_ONCE // layer.in_features):
@@ -79,6 +79,14 @@ def expand_rows(layer: QuantizedLinear, ids: Tensor, dtype: torch.dtype) -> Tens
         pairs = codes[at // 2]
         levels = layer.code[torch.where(at % 2 == 0, pairs >> 4, pairs & 15).int()]
         found[place] = levels.mul_(_block_scales(layer, at // layer.block_size))
+    return found
+
+
+def _expand_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [n, width], some at a time: bitsandbytes makes two copies in fp32 on the way."""
+    found = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for place in _slices(len(codes), _AT_ONCE // codes.shape[1]):
+        found[place] = bnb.functional.int8_vectorwise_dequant(codes[place], absmax[place])
     return found
 
 

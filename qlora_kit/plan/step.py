@@ -11,7 +11,7 @@ from qlora_kit.plan.tape import Tape
 
 INPUTS, LOSS, SAVING, UPDATE = "layer inputs kept", "logits and loss", "copies while saving", "one weight updated"
 CHUNK_LOGITS = 2**24  # kernels/token_chunks.py
-PIECE_WEIGHTS = 2**24  # model/quantized_head.py
+PIECE_WEIGHTS, AT_ONCE = 2**24, 2**20  # model/quantized_head.py
 
 
 def training_tape(
@@ -52,7 +52,7 @@ def _loss(tape: Tape, shapes: ModelShapes, batch: Batch, whole: bool) -> None:
     tape.take(KEPT, 4 * tokens * (shapes.hidden + 1))
     if whole:
         tape.brief(LOSS, 12 * tokens * shapes.vocab)  # log-softmax, its gradient and the loss's, in fp32
-        tape.brief(EXPANDED, _expanded_head(shapes.head.weights, batch))
+        tape.brief(EXPANDED, expanded_bytes(shapes.head.weights, replace(batch, quant=batch.head_quant)))
     elif batch.head_quant != "none":
         tape.take(PASSING, 3 * stream)
         _loss_in_pieces(tape, shapes, batch, gradients=True)
@@ -71,15 +71,11 @@ def _loss_in_pieces(tape: Tape, shapes: ModelShapes, batch: Batch, gradients: bo
     tokens = min(batch.tokens, max(1, CHUNK_LOGITS // rows))
     sums = (4 + batch.width) * tokens * shapes.hidden if gradients else 0  # of rows; the own ones
     tape.take(PASSING, sums)
-    tape.brief(EXPANDED, _expanded_head(rows * shapes.hidden, batch))
     tape.take(EXPANDED, rows * shapes.hidden * batch.width)
+    tape.brief(EXPANDED, 8 * min(AT_ONCE, rows * shapes.hidden))
     tape.brief(LOSS, (4 if batch.width == 4 else 6) * tokens * rows)  # in fp32, before or after in the compute dtype
     tape.give(EXPANDED, rows * shapes.hidden * batch.width)
     tape.give(PASSING, sums)
-
-
-def _expanded_head(weights: int, batch: Batch) -> int:
-    return expanded_bytes(weights, replace(batch, quant=batch.head_quant))
 
 
 def evaluation_tape(held: dict[str, int], shapes: ModelShapes, layers: list[LayerShape], batch: Batch) -> Tape:
