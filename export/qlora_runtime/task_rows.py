@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_runtime.errors import ArgumentError
-from qlora_runtime.tsv import tsv_quoting
+from qlora_runtime.tsv import delimiter_of, tsv_quoting
 
 Row = dict[str, Any]
 CSV, TSV, JSONL = ".csv", ".tsv", ".jsonl"
@@ -70,7 +70,7 @@ def _table_rows(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         quoting = tsv_quoting(path) if ending_of(path) == TSV else csv.QUOTE_MINIMAL
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=_DELIMITERS[ending_of(path)], quoting=quoting, strict=True)
+            reader = csv.reader(file, delimiter=delimiter_of(path), quoting=quoting, strict=True)
             header = _header(path, next(reader, []))
             line = reader.line_num + 1  # a quoted cell may span lines: a row is named by its first
             for cells in reader:

@@ -1,8 +1,21 @@
-"""What quotes mean in a .tsv file: training and running read it alike."""
+"""How cells of a table are separated and quoted: training and running read it alike."""
 
 import csv
 from pathlib import Path
 from typing import Literal
+
+
+def delimiter_of(path: Path) -> str:
+    """A tab for .tsv; otherwise a comma, or the semicolon of spreadsheets whose decimal sign is the comma.
+
+    Raises:
+        UnicodeDecodeError: the file is not UTF-8.
+    """
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+    return ";" if ";" in header and "," not in header else ","
 
 
 def tsv_quoting(path: Path) -> Literal[0, 3]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_runtime.tsv import tsv_quoting
+from qlora_runtime.tsv import delimiter_of, tsv_quoting
 
 from qlora_kit.data.examples import RowError
 from qlora_kit.data.raw_rows import WHITE_SPACE, RawRow, existing, not_utf8, numbered_lines, text_file
@@ -173,7 +173,7 @@ def _csv_rows(path: Path) -> Iterator[RawRow]:
     try:
         quoting = tsv_quoting(path) if is_tsv else csv.QUOTE_MINIMAL
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t" if is_tsv else ",", quoting=quoting, strict=True)
+            reader = csv.reader(file, delimiter=delimiter_of(path), quoting=quoting, strict=True)
             header = _header(next(reader, []), path)
             start = reader.line_num + 1  # a quoted cell may span lines: a row is named by its first
             for cells in reader:

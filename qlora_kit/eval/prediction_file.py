@@ -68,6 +68,9 @@ class PredictionFile:
     ) -> None:
         if self._file is not None:
             self._file.close()
+        if error is not None and not self.rows:  # nothing to go on with
+            self.path.unlink(missing_ok=True)
+            self.made_by_file.unlink(missing_ok=True)
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Adds rows, each with the columns of the first one where the file is a CSV.

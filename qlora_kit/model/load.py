@@ -161,10 +161,12 @@ def _no_report() -> Iterator[None]:
 
 def head_modules(model: PreTrainedModel) -> list[str]:
     """Names of the modules between the base model and the task's output: the head, and a pooler below it."""
+    bare = {model.base_model_prefix}
+    if model.base_model is model:  # some, as T5 for questions, hold the base model's parts themselves
+        with torch.device("meta"):
+            bare = {name for name, _ in transformers.AutoModel.from_config(model.config).named_children()}
     heads = [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
+        name for name, child in model.named_children() if name not in bare and any(True for _ in child.parameters())
     ]
     pooler = getattr(model.base_model, "pooler", None)
     trained = isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters())  # of images: a mere average

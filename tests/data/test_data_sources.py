@@ -56,6 +56,14 @@ def test_tsv(tmp_path: Any) -> None:
     assert rows_of(path) == [(2, {"prompt": "a,b", "completion": "c"})]
 
 
+def test_a_csv_of_a_spreadsheet_is_separated_by_semicolons(tmp_path: Any) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text;score\n"salt, and oil";3,5\n', encoding="utf-8")
+    assert rows_of(path) == [(2, {"text": "salt, and oil", "score": "3,5"})]
+    path.write_text("text,score\nsalt; oil,3\n", encoding="utf-8")
+    assert rows_of(path) == [(2, {"text": "salt; oil", "score": "3"})]
+
+
 def test_tsv_with_and_without_quoting(tmp_path: Any) -> None:
     path = tmp_path / "a.tsv"
     path.write_text('text\tlabel\n"Bad start\tneg\ngreat\tpos\nso he said: bye"\tneg\n"Best" film\tpos\n')

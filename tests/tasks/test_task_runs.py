@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_encoders import save_tiny_encoder, task_recipe, train_losses, trained
+from tiny_encoders import save_tiny_encoder, task_recipe, tiny_encoder, train_losses, trained
 from tiny_models import save_tiny_model
 from tiny_run import killed_after
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from qlora_kit.adapters.inject import adapted_layers, trainable_parameters
 from qlora_kit.adapters.peft_format import load_adapter
 from qlora_kit.data.dataset import prepare
 from qlora_kit.errors import DataError, ModelError
-from qlora_kit.model.load import load_base
+from qlora_kit.model.load import head_modules, load_base
 from qlora_kit.model.quantized import QuantizedLinear
 from qlora_kit.model.source import find_base
 from qlora_kit.task_settings import TASKS
@@ -205,3 +205,10 @@ def test_the_kind_of_base_is_looked_at_before_its_tokenizer(tmp_path: Path, mode
 @pytest.mark.parametrize("config", [{"model_type": "roberta", "is_decoder": True}, {"model_type": "bart"}, {}])
 def test_decoders_and_unknown_kinds_are_let_through(config: dict[str, Any]) -> None:
     task_of(TASKS["causal_lm"].model_validate({})).check_base(config)
+
+
+def test_the_head_of_a_model_that_holds_the_base_itself() -> None:
+    """T5 for questions has encoder and decoder beside its head: they are no part of it, and are not trained in full."""
+    assert head_modules(tiny_encoder("t5", "AutoModelForQuestionAnswering")) == ["qa_outputs"]
+    assert head_modules(tiny_encoder("bart", "AutoModelForQuestionAnswering")) == ["qa_outputs"]
+    assert head_modules(tiny_encoder("bert", "AutoModelForSequenceClassification")) == ["bert.pooler", "classifier"]
