@@ -93,6 +93,7 @@ def _recipe(options: argparse.Namespace, base: Path, profile: str) -> Path:
         "adapter": {"rank": 16, "target_modules": "all-linear"},
         "data": {"train": str(rows), "eval": str(rows), "max_seq_len": 48},
         "train": {"micro_batch_size": 1, "max_steps": 1, "threads": options.threads, "gradient_checkpointing": True},
+        "eval": {"samples": 0},
         "export": {"verify_prompts": 2},
     }
     file: Path = options.work / f"{profile}.yaml"
