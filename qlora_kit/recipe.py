@@ -148,8 +148,9 @@ class TrainSection(Section):
     """Passes over the training rows; or give max_steps."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradient clipping by global norm."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more work."""
+    gradient_checkpointing: Literal[True, False, "offload"] = True
+    """Recompute activations in the backward pass: less memory, about a third more work. On CUDA `offload` keeps what
+    they are computed from in pinned host memory, for long rows."""
     mlp_tiles: Positive = 1
     """Parts of the sequence that each layer's MLP takes in turn: less memory with long rows, and recomputed; exact."""
     log_every: Positive = 1

@@ -66,6 +66,21 @@ def test_less_memory_takes_more_time(base: Path) -> None:
     assert times == sorted(times) and times[0] == 1 < times[-1]
 
 
+def test_inputs_go_to_the_host_before_rows_are_shortened(base: Path) -> None:
+    recipe = recipe_on(base, micro_batch_size=1, gradient_checkpointing=True)
+    long, alone = {"max_seq_len": 16384}, {"batch_size": 1}
+    sections = {"data": recipe.data.model_copy(update=long), "eval": recipe.eval.model_copy(update=alone)}
+    recipe = recipe.model_copy(update=sections)
+    budget = plan_recipe(recipe, "cuda").total_bytes - 200 * MIB
+    found = must_fit(recipe, budget, "cuda")
+    (change,) = [change for change in found.changes if change[0] == "train.gradient_checkpointing"]
+    assert change[1:3] == (True, "offload") and change[3] > 200 * MIB
+    assert "train.gradient_checkpointing=offload" in found.overrides and 1 < found.time_against < 1.1
+    assert found.recipe.data.max_seq_len == 16384 and found.plan.host_bytes >= 12 * 16384 * 1024 * 2
+    on_cpu = must_fit(recipe, plan_recipe(recipe, "cpu").total_bytes - 200 * MIB, "cpu")
+    assert on_cpu.recipe.train.gradient_checkpointing is True, "there it would buy nothing"
+
+
 def test_bits_go_before_length(base: Path) -> None:
     recipe = recipe_on(base).model_copy(update={"base": recipe_of(base={"model": str(base), "quant": "none"}).base})
     least = must_fit(recipe, plan_recipe(recipe, "cuda").exact_bytes - MIB, "cuda").recipe
@@ -73,7 +88,7 @@ def test_bits_go_before_length(base: Path) -> None:
 
 
 def test_a_frozen_head_is_coded_before_the_base_or_the_length_suffers(base: Path) -> None:
-    recipe = recipe_on(base, micro_batch_size=1, gradient_checkpointing=True)
+    recipe = recipe_on(base, micro_batch_size=1, gradient_checkpointing="offload")  # nothing else is free
     recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"batch_size": 1})})
     found = must_fit(recipe, plan_recipe(recipe, "cuda").total_bytes - 8 * MIB, "cuda")
     assert ("base.head_quant", "none", "int8") in [change[:3] for change in found.changes]

@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_kit.adapters.methods import method_for
 from qlora_kit.adapters.settings import AdapterSettings, DoraSettings, LoraSettings
+from qlora_kit.kernels.offloaded_inputs import offload_inputs
 from qlora_kit.model.quantize import plan_quantization, quantize_planned
 from qlora_kit.model.quantized_head import put_coded_head, quantize_head
 from qlora_kit.plan import model_shapes, plan
 from qlora_kit.plan.decoder_layer import Batch, kept_bytes
 from qlora_kit.plan.layer_shape import layer_shapes
-from qlora_kit.plan.step import evaluation_tape, training_tape
+from qlora_kit.plan.step import INPUTS, evaluation_tape, training_tape
 from qlora_kit.plan.tape import Tape
 from qlora_kit.plan.trained import find_targets
 from qlora_kit.tasks.loss import token_losses
@@ -166,6 +167,24 @@ def test_the_peak_of_a_step_is_the_plans(batch: Batch, vocab: int, checkpointed:
     assert planned == pytest.approx(allocated_peak(step), rel=0.05)
 
 
+@pytest.mark.parametrize(("layers", "length"), [(2, 512), (3, 2048), (8, 512)])
+def test_of_offloaded_inputs_two_are_on_the_device(layers: int, length: int) -> None:
+    """The host's part is there before the step that is measured."""
+    batch = batch_of(rows=2, length=length)
+    model, shapes, planned = built("llama", batch, LoraSettings(rank=8), num_hidden_layers=layers)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    offload_inputs(model, torch.device("cpu"))
+    inputs = inputs_of(batch)
+
+    def step() -> None:
+        token_losses(model, inputs)[0].sum().backward()
+        model.zero_grad()
+
+    plain, tape = (training_tape({}, shapes, planned, batch, True, False, offloaded) for offloaded in (False, True))
+    assert tape.peak[INPUTS] == plain.peak[INPUTS] * min(1, 2 / layers)
+    assert tape.peak_bytes == pytest.approx(allocated_peak(step), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("kind", "batch", "vocab"),
     [
@@ -239,3 +258,18 @@ def test_what_is_stored_as_it_is_used_stays_mapped() -> None:
     )
     assert mapped.mapped_bytes == plain == copied.total_bytes - mapped.total_bytes and copied.mapped_bytes == 0
     assert plan(recipe, CONFIG, "cuda", "bf16").mapped_bytes == 0
+
+
+def test_offloaded_inputs_are_on_the_host_where_that_is_another() -> None:
+    found = {}
+    for again, device in ((True, "cuda"), ("offload", "cuda"), ("offload", "cpu")):
+        train = {"max_steps": 1, "gradient_checkpointing": again, "micro_batch_size": 4}
+        found[again, device] = plan(recipe_of(data={"train": "t", "max_seq_len": 2048}, train=train), CONFIG, device)
+    plain, offloaded, here = found.values()
+    (part,) = offloaded.host
+    size = 4 * 2048 * 160 * 2  # of one layer's input
+    assert part.name == "layer inputs" and "pinned" in part.note
+    assert offloaded.host_bytes == 12 * 2**22 and size < 2**22
+    assert plain.total_bytes - offloaded.total_bytes == pytest.approx(10 * size, rel=0.05)
+    assert plain.host == here.host == [] and here.moments[0].parts[INPUTS] == plain.moments[0].parts[INPUTS]
+    assert offloaded.to_json()["host_bytes"] == offloaded.host_bytes

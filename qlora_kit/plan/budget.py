@@ -19,6 +19,8 @@ EXPANDING_FLOPS = 200
 """What expanding a quantized weight costs, in operations of a matrix product: it is bound by memory, not arithmetic."""
 TIGHT_COST = 1.1
 """Time of a step on a CPU whose allocator gives memory back at once, against one that keeps it."""
+OFFLOAD_COST = 1.03
+"""Time of a step whose inputs are copied to the host and back beside it; not yet measured on a GPU."""
 _SMALLER = {"none": ("none", "int8", "nf4"), "int8": ("int8", "nf4")}
 _LENGTHS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 _OPTIMIZERS = {"adamw": ("adamw", "paged_adamw_8bit"), "paged_adamw": ("paged_adamw", "paged_adamw_8bit")}
@@ -126,7 +128,8 @@ def _same_result(recipe: Recipe, length: float, quant: str, device: Device) -> I
     optimizers = _OPTIMIZERS.get(train.optimizer, (train.optimizer,)) if device == "cuda" else (train.optimizer,)
     allocators = ("fast", "tight") if device == "cpu" else (train.allocator,)
     scored = {recipe.eval.batch_size, 1}
-    for size, again, optimizer, allocator, at_once in product(sizes, (False, True), optimizers, allocators, scored):
+    again_by = (False, True, "offload") if device == "cuda" else (False, recipe.train.gradient_checkpointing or True)
+    for size, again, optimizer, allocator, at_once in product(sizes, again_by, optimizers, allocators, scored):
         yield _with(
             recipe,
             {
@@ -148,6 +151,8 @@ def _time(recipe: Recipe, result: Plan) -> float:
     passes = 3 if recipe.train.gradient_checkpointing else 2
     expanded = 0.0 if recipe.base.quant == "none" else EXPANDING_FLOPS * passes * result.base_parameters / tokens
     slower = TIGHT_COST if recipe.train.allocator == "tight" and result.device == "cpu" else 1.0
+    if recipe.train.gradient_checkpointing == "offload" and result.device == "cuda":
+        slower *= OFFLOAD_COST
     return (result.flops_per_token + expanded) * slower
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from qlora_kit.adapters.settings import AdapterSettings, LoraSettings
 from qlora_kit.errors import AdapterError
 from qlora_kit.plan.base import Component, base_parts, loading_parts, teacher_parts
+from qlora_kit.plan.host import host_parts
 from qlora_kit.plan.moments import Moment, moments
 from qlora_kit.plan.shapes import Linear, ModelShapes, model_shapes
 from qlora_kit.plan.stored import BYTES, Device, optimizer_bytes
@@ -36,6 +37,7 @@ class Plan:
         components: what is stored throughout, and gradients.
         moments: what is held at each moment at which most is, part by part.
         loading: what is there at once before the first step, where the base is loaded whole; none of it stays.
+        host: what a run on a GPU keeps in the host's memory instead of there.
         flops_per_token: floating-point operations of a training step for each token of it.
     """
 
@@ -49,6 +51,7 @@ class Plan:
     components: list[Component]
     moments: list[Moment]
     loading: list[Component]
+    host: list[Component]
     flops_per_token: float
 
     @property
@@ -86,14 +89,19 @@ class Plan:
         return sum(part.bytes for part in self.loading)
 
     @property
+    def host_bytes(self) -> int:
+        """In the host's memory, of its own."""
+        return sum(part.bytes for part in self.host if not part.mapped)
+
+    @property
     def total_bytes(self) -> int:
         """Of training, or of loading where that takes more."""
         return max(self.training_bytes, self.loading_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`, totals included."""
-        totals = ("exact_bytes", "mapped_bytes", "in_use_bytes", "training_bytes", "loading_bytes", "total_bytes")
-        return asdict(self) | {name: getattr(self, name) for name in totals}
+        totals = ("exact", "mapped", "in_use", "training", "loading", "host", "total")
+        return asdict(self) | {f"{name}_bytes": getattr(self, f"{name}_bytes") for name in totals}
 
 
 def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda", stored: str | None = None) -> Plan:
@@ -155,6 +163,7 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda", stored
         components=components,
         moments=moments(recipe, config["model_type"], shapes, targets, components, largest, device),
         loading=list(loading_parts(parameters, targets, recipe)),
+        host=list(host_parts(recipe, shapes, device)),
         flops_per_token=flops_per_token(shapes, weights, recipe),
     )
 

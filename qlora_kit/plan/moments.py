@@ -55,9 +55,9 @@ def moments(
     at_once = gradients if recipe.train.grad_accum_steps > 1 else max(0, gradients - by_layers)
     during = batch if recipe.train.grad_accum_steps == 1 else _replace_gradients(batch)
     whole = architecture in SOFT_CAPPED or recipe.train.distill is not None
-    step = training_tape(
-        held | {GRADIENTS: at_once}, shapes, layers, during, recipe.train.gradient_checkpointing, whole
-    )
+    again = recipe.train.gradient_checkpointing
+    offloaded = again == "offload" and device == "cuda"
+    step = training_tape(held | {GRADIENTS: at_once}, shapes, layers, during, bool(again), whole, offloaded)
     scored = _batch(recipe, recipe.eval.batch_size, 0)
     evaluation = evaluation_tape(held, shapes, layers, scored)
     copies = sum(held.get(name, 0) for name in SAVED)

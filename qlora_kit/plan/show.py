@@ -48,6 +48,9 @@ def print_plan(plan: Plan, console: Console, found_here: bool = False, flops_per
     outside = "beside Python with its libraries (0.35 GiB)" + (" and CUDA's context" if plan.device == "cuda" else "")
     larger = "of loading, which takes more than training; " if plan.total_bytes == plan.loading_bytes else ""
     table.add_row("total", format_bytes(plan.total_bytes), larger + outside, style="bold")
+    for part in plan.host:
+        mapped = ", mapped to the checkpoint's files" if part.mapped else ""
+        table.add_row(f"{part.name}, on the host", format_bytes(part.bytes), part.note + mapped)
     console.print(table)
     _print_bar(plan.highest, console)
     console.print(_speed(plan, flops_per_s), highlight=False)

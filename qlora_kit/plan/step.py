@@ -12,6 +12,7 @@ from qlora_kit.plan.tape import Tape
 INPUTS, LOSS, SAVING, UPDATE = "layer inputs kept", "logits and loss", "copies while saving", "one weight updated"
 CHUNK_LOGITS = 2**24  # kernels/token_chunks.py
 PIECE_WEIGHTS, AT_ONCE = 2**24, 2**20  # model/quantized_head.py
+INPUTS_ON_DEVICE = 2  # kernels/offloaded_inputs.py
 
 
 def training_tape(
@@ -21,8 +22,12 @@ def training_tape(
     batch: Batch,
     checkpointed: bool,
     whole_logits: bool,
+    offloaded: bool = False,
 ) -> Tape:
-    """One forward and backward pass beside what is `held` throughout (part to bytes)."""
+    """One forward and backward pass beside what is `held` throughout (part to bytes).
+
+    `offloaded`: of the checkpointed inputs only some are on the device at any time.
+    """
     tape = Tape(held)
     stream = batch.tokens * batch.width * shapes.hidden
     _take_positions(tape, layers[0], batch)
@@ -30,7 +35,7 @@ def training_tape(
     for place, layer in enumerate(layers):
         forward(tape, layer, batch, keeps=not checkpointed)
         if checkpointed:
-            tape.take(INPUTS, stream)
+            tape.take(INPUTS, stream if not offloaded or place < INPUTS_ON_DEVICE else 0)
         elif place == 0:
             tape.give(KEPT, 4 * batch.tokens * (layer.hidden + 1))  # the first norm's input needs no gradient
     _loss(tape, shapes, batch, whole_logits)
@@ -41,7 +46,7 @@ def training_tape(
             tape.take(KEPT, 4 * batch.tokens * (layer.hidden + 1))
         backward(tape, layer, batch)
         if checkpointed:
-            tape.give(INPUTS, stream)
+            tape.give(INPUTS, stream if not offloaded or place < INPUTS_ON_DEVICE else 0)
     return tape
 
 

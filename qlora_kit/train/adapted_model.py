@@ -15,6 +15,7 @@ from qlora_kit.adapters.methods import METHODS, method_for
 from qlora_kit.adapters.settings import AdapterSettings
 from qlora_kit.data.template import resolve_template
 from qlora_kit.errors import ModelError, TrainingError
+from qlora_kit.kernels.offloaded_inputs import offload_inputs
 from qlora_kit.kernels.tiled_mlp import tile_mlps
 from qlora_kit.model.int4_blocks import Int4Grid
 from qlora_kit.model.load import DTYPES, Architecture, head_modules, load_base, load_tokenizer
@@ -99,6 +100,8 @@ def load_for_training(
     method.inject(model)
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(model)
+    if recipe.train.gradient_checkpointing == "offload" and device.type == "cuda":
+        offload_inputs(model, device)
     if recipe.train.mlp_tiles > 1 and not tile_mlps(model, recipe.train.mlp_tiles):
         raise TrainingError(f"{type(model).__name__} has no MLP to tile", fix="Set train.mlp_tiles=1")
     return model.train(), method
@@ -128,6 +131,15 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
         )
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def without_effect(recipe: Recipe, device: torch.device) -> list[str]:
+    """Notes on what a recipe would keep in the host's memory, where the device has no other."""
+    if device.type == "cuda":
+        return []
+    wanted = {"train.gradient_checkpointing=offload": recipe.train.gradient_checkpointing == "offload"}
+    reason = "needs CUDA; here all memory is the host's, and nothing is moved"
+    return [f"{option} {reason}" for option, chosen in wanted.items() if chosen]
 
 
 def stored_base(recipe: Recipe, run: RunFolder, resume: bool) -> Path | None:

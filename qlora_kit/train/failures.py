@@ -36,6 +36,8 @@ def out_of_memory(session: Session, step: int, shortage: str) -> OutOfMemory:
         ways.append(f"train.micro_batch_size={size // 2} with train.grad_accum_steps={accum}")
     if not train.gradient_checkpointing:
         ways.append("train.gradient_checkpointing=true")
+    elif train.gradient_checkpointing != "offload" and session.accelerator.device.type == "cuda":
+        ways.append("train.gradient_checkpointing=offload")
     if recipe.base.quant == "none" and not recipe.adapter.trains_all:
         ways.append("base.quant=nf4")
     ways.append(f"data.max_seq_len below {recipe.data.max_seq_len}")

@@ -32,6 +32,7 @@ from qlora_kit.train.adapted_model import (
     make_optimizer,
     prepared_tokenizer,
     stored_base,
+    without_effect,
 )
 from qlora_kit.train.determinism import make_deterministic
 from qlora_kit.train.devices import make_accelerator, spread
@@ -166,7 +167,7 @@ def start_session(recipe: Recipe, run: RunFolder, watch: PeakWatch | None = None
         distillation=start_distillation(recipe, run, source, tokenizer, model, data.sha256),
         total_steps=total_steps,
         threads=threads,
-        notes=[*notes, *data.report.warnings()],
+        notes=[*notes, *without_effect(recipe, accelerator.device), *data.report.warnings()],
         micro_batches=MicroBatches(recipe.train.micro_batch_size),
         memory=MemoryLimit(accelerator.device, recipe.train.memory_limit_bytes),
         watch=watch or PeakWatch(),

@@ -19,6 +19,7 @@ from qlora_kit.adapters.settings import LoraSettings
 from qlora_kit.data.collate import collate
 from qlora_kit.data.masking import Encoded
 from qlora_kit.kernels.linear_cross_entropy import linear_cross_entropy
+from qlora_kit.kernels.offloaded_inputs import offload_inputs
 from qlora_kit.tasks.head import takes_losses_at_head
 from qlora_kit.tasks.logits import needs_no_mask
 from qlora_kit.tasks.loss import count_loss_tokens, row_losses, token_losses
@@ -211,6 +212,23 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, tiny_llama: Path,
     assert found[0][0] == found[1][0]
     for name, gradient in found[0][1].items():
         assert torch.equal(gradient, found[1][1][name]), name
+
+
+def test_offloading_is_noted_where_there_is_no_other_memory(tmp_path: Path, tiny_llama: Path) -> None:
+    session = session_for(tmp_path, tiny_llama, train={"gradient_checkpointing": "offload"})
+    plain = session_for(tmp_path, tiny_llama, train={"gradient_checkpointing": True})
+    (note,) = set(session.notes) - set(plain.notes)
+    assert note.startswith("train.gradient_checkpointing=offload needs CUDA; here all memory is the host's")
+    assert gradients(session)[0] == gradients(plain)[0]
+
+
+def test_offloaded_inputs_change_no_bit_of_a_step(tmp_path: Path, tiny_llama: Path) -> None:
+    train = {"gradient_checkpointing": True, "mlp_tiles": 3}
+    sessions = [session_for(tmp_path, tiny_llama, adapter={"dropout": 0.2}, train=train) for _ in range(2)]
+    store = offload_inputs(sessions[1].plain, torch.device("cpu"))
+    (loss, one), (other_loss, other) = (gradients(session) for session in sessions)
+    assert loss == other_loss and store.host_bytes
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_checkpointed_layers_keep_no_activations_of_their_own(tmp_path: Path, tiny_llama: Path) -> None:
