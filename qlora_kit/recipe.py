@@ -40,6 +40,8 @@ class BaseSection(Section):
     head_quant: Literal["none", "int8", "nf4"] = "none"
     """How a frozen output head is stored, and an embedding that is tied to it: int8 has a scale for each row and
     costs SmolLM2 0.1% of its loss, nf4 3%; expanded in pieces, and shipped as it was trained on."""
+    embeddings: Literal["device", "host"] = "device"
+    """host keeps a frozen embedding off a GPU, which gets the rows in use; not where the output head is tied to it."""
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Dtype of activations and matrix products; fp16 adds loss scaling."""
     cache: bool = False

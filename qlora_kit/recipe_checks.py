@@ -29,7 +29,7 @@ def _length_problems(recipe: Recipe) -> list[str]:
     if recipe.adapter.trains_all and recipe.base.quant != "none":
         got = f"got {recipe.base.quant}; codes cannot be trained"
         problems.append(f"adapter.method {recipe.adapter.method} needs base.quant: none ({got})")
-    problems += _int4_problems(recipe) + _head_problems(recipe)
+    problems += _int4_problems(recipe) + _frozen_problems(recipe)
     if _calibrates(recipe) and data.streaming:
         problems.append("adapter.calibration_rows needs rows that are read first: leave it out, or data.streaming")
     if train.early_stopping_patience and not train.eval_every:
@@ -37,17 +37,18 @@ def _length_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _head_problems(recipe: Recipe) -> list[str]:
-    """What a head that is held as codes cannot have: it is frozen."""
-    if recipe.base.head_quant == "none":
-        return []
+def _frozen_problems(recipe: Recipe) -> list[str]:
+    """What a head that is held as codes, and an embedding on the host, cannot have: they are frozen."""
     problems, adapter = [], recipe.adapter
-    if recipe.task.type != "causal_lm":
+    frozen = {"base.head_quant": ("head", recipe.base.head_quant != "none")}
+    frozen["base.embeddings: host"] = ("embedding", recipe.base.embeddings == "host")
+    if frozen["base.head_quant"][1] and recipe.task.type != "causal_lm":
         problems.append(f"base.head_quant needs task.type: causal_lm (got {recipe.task.type})")
-    if adapter.new_tokens:
-        problems.append("base.head_quant cannot be had with adapter.new_tokens, which train the head")
-    if adapter.trains_all:
-        problems.append(f"base.head_quant cannot be had with adapter.method {adapter.method}, which trains the head")
+    for field, part in ((field, part) for field, (part, chosen) in frozen.items() if chosen):
+        if adapter.new_tokens:
+            problems.append(f"{field} cannot be had with adapter.new_tokens, which train the {part}")
+        if adapter.trains_all:
+            problems.append(f"{field} cannot be had with adapter.method {adapter.method}, which trains the {part}")
     return problems
 
 

@@ -81,6 +81,22 @@ def test_inputs_go_to_the_host_before_rows_are_shortened(base: Path) -> None:
     assert on_cpu.recipe.train.gradient_checkpointing is True, "there it would buy nothing"
 
 
+def test_embeddings_go_to_the_host_where_the_head_is_its_own(base: Path) -> None:
+    recipe = recipe_on(base, micro_batch_size=1, gradient_checkpointing=True)
+    recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"batch_size": 1})})
+    budget = plan_recipe(recipe, "cuda").total_bytes - 60 * MIB
+    found = must_fit(recipe, budget, "cuda")
+    assert [change[:3] for change in found.changes] == [("base.embeddings", "device", "host")]
+    assert found.changes[0][3] == 32000 * 1024 * 2 == found.plan.host_bytes and 1 < found.time_against < 1.02
+    tied = base.parent / "tied"
+    tied.mkdir()
+    (tied / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}), encoding="utf-8")
+    for on, device in ((tied, "cuda"), (base, "cpu")):
+        recipe = recipe_on(on, micro_batch_size=1, gradient_checkpointing=True)
+        least: Any = must_fit(recipe, plan_recipe(recipe, device).total_bytes - 8 * MIB, device)
+        assert least.recipe.base.embeddings == "device"
+
+
 def test_bits_go_before_length(base: Path) -> None:
     recipe = recipe_on(base).model_copy(update={"base": recipe_of(base={"model": str(base), "quant": "none"}).base})
     least = must_fit(recipe, plan_recipe(recipe, "cuda").exact_bytes - MIB, "cuda").recipe
@@ -88,13 +104,16 @@ def test_bits_go_before_length(base: Path) -> None:
 
 
 def test_a_frozen_head_is_coded_before_the_base_or_the_length_suffers(base: Path) -> None:
-    recipe = recipe_on(base, micro_batch_size=1, gradient_checkpointing="offload")  # nothing else is free
-    recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"batch_size": 1})})
+    recipe = recipe_on(base, micro_batch_size=1, gradient_checkpointing="offload")
+    sections = {"eval": recipe.eval.model_copy(update={"batch_size": 1})}
+    sections["base"] = recipe.base.model_copy(update={"embeddings": "host"})  # nothing is left that costs time alone
+    recipe = recipe.model_copy(update=sections)
     found = must_fit(recipe, plan_recipe(recipe, "cuda").total_bytes - 8 * MIB, "cuda")
     assert ("base.head_quant", "none", "int8") in [change[:3] for change in found.changes]
     assert "base.head_quant=int8" in found.overrides and found.recipe.data.max_seq_len == 512
     for adapter in ({"modules_to_save": ["lm_head"]}, {"new_tokens": ["<x>"]}):
-        trained = recipe.model_copy(update={"adapter": recipe_of(adapter=adapter).adapter})
+        on_device = recipe.base.model_copy(update={"embeddings": "device"})
+        trained = recipe.model_copy(update={"adapter": recipe_of(adapter=adapter).adapter, "base": on_device})
         smaller = fitting(trained, plan_recipe(trained, "cuda").total_bytes - 8 * MIB, "cuda")
         assert smaller is None or smaller.recipe.base.head_quant == "none"
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qlora_kit.adapters.lora import Lora
 from qlora_kit.adapters.methods import METHODS
 from qlora_kit.adapters.settings import LoraSettings
-from qlora_kit.errors import AdapterError
+from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.plan import plan
 from qlora_kit.plan.memory import optimizer_bytes
 
@@ -143,3 +143,25 @@ def test_a_tied_head_that_gets_an_adapter_is_copied(method: str) -> None:
     assert found["output head"] == 2 * 160 * 96
     alone = recipe_of(base={"model": "tiny", "quant": "none"}, adapter=adapter | {"target_modules": ["q_proj"]})
     assert parts(plan(alone, options | {"model_type": "llama"}))["output head"] == 0
+
+
+def test_an_embedding_on_the_host_takes_nothing_of_the_device() -> None:
+    config = tiny_model("qwen2", LLAMA | {"tie_word_embeddings": False})[1]
+    plain, hosted = (plan(recipe_of(base={"embeddings": place}), config) for place in ("device", "host"))
+    assert parts(plain)["embeddings"] == 160 * 96 * 2 == plain.total_bytes - hosted.total_bytes
+    assert parts(hosted) == parts(plain) | {"embeddings": 0} and hosted.host_bytes == 160 * 96 * 2
+    (in_files,) = plan(recipe_of(base={"embeddings": "host"}), config, "cuda", "bf16").host
+    assert in_files.mapped and in_files.bytes == hosted.host_bytes
+    here = plan(recipe_of(base={"embeddings": "host"}), config, "cpu")
+    assert here.host == [] and parts(here)["embeddings"] == parts(plain)["embeddings"]
+
+
+def test_an_embedding_that_the_device_needs_is_refused() -> None:
+    tied, untied = (tiny_model("llama", LLAMA | {"tie_word_embeddings": on})[1] for on in (True, False))
+    with pytest.raises(
+        ModelError, match=r"base\.embeddings=host: the output head is tied.*Set base\.embeddings=device"
+    ):
+        plan(recipe_of(base={"embeddings": "host"}), tied)
+    for adapter in ({"target_modules": ["q_proj", "embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}):
+        with pytest.raises(AdapterError, match=r"embed_tokens\.weight is to be trained, and base\.embeddings=host"):
+            plan(recipe_of(base={"embeddings": "host"}, adapter=adapter), untied)

@@ -55,7 +55,7 @@ class PromptTuning(Method[PromptTuningSettings]):
         embedding: Any = model.get_input_embeddings()
         stored = targets is not None  # the vectors are filled in by the caller
         start = torch.zeros(self.settings.tokens, _width(embedding)) if stored else self._start(embedding)
-        prompt = start.bfloat16().to(embedding.weight.device, DTYPES[self.settings.dtype])  # alike in every dtype
+        prompt = start.bfloat16().to(model.device, DTYPES[self.settings.dtype])  # alike in every dtype
         model.register_parameter(PARAMETER, nn.Parameter(prompt))
         model.register_forward_pre_hook(put_in_front, with_kwargs=True)
         return []

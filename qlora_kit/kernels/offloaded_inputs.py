@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from qlora_kit.errors import OutOfMemory
+from qlora_kit.kernels.host_memory import host_tensor
 
 ON_DEVICE = 2  # inputs: in the forward pass two that are leaving, in the backward pass one in use and one arriving
 PIECE_BYTES = 2**22  # torch rounds pinned memory up to a power of two: pieces of one waste little, and fit every length
@@ -127,15 +127,7 @@ class InputStore:
         """uint8 [PIECE_BYTES] of the host."""
         if self._free:
             return self._free.pop()
-        try:
-            piece = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=self.pin)
-        except RuntimeError as error:
-            line = (str(error).splitlines() or [""])[0]
-            raise OutOfMemory(
-                f"the host gave {self.host_bytes / 2**30:.2f} GiB of pinned memory for inputs of layers, and no more: "
-                f"{line}",
-                fix="Free host memory, or set train.gradient_checkpointing=true",
-            ) from error
+        piece = host_tensor((PIECE_BYTES,), torch.uint8, self.pin, "set train.gradient_checkpointing=true")
         self.host_bytes += PIECE_BYTES
         return piece
 

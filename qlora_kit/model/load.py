@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,9 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.cache import cached, keep, made_as
-from qlora_kit.model.head_loading import take_over_head, with_coded_head
+from qlora_kit.model.head_loading import take_over_head
+from qlora_kit.model.host_embedding import device_map, embedding_for_host, put_on_host
 from qlora_kit.model.int4_blocks import INT4_GRID, Int4Grid
-from qlora_kit.model.int4_loading import Int4Config
+from qlora_kit.model.loader import loads_only, quantization_config
 from qlora_kit.model.quantize import Quantization, plan_quantization, unquantized_names
 from qlora_kit.model.quantized import own_quantized_layers
 from qlora_kit.model.quantized_head import quantized_body
@@ -65,6 +63,7 @@ def load_base(
     grid: Int4Grid = INT4_GRID,
     cache: bool = False,
     head_quant: str = "none",
+    host_embeddings: bool = False,
 ) -> PreTrainedModel:
     """The base model, in evaluation mode, nothing trainable.
 
@@ -80,11 +79,17 @@ def load_base(
         grid: of int4.
         cache: take the quantized base from the cache, or put it there.
         head_quant: int8 or nf4 holds the output head as codes, and a tied embedding reads them; or none.
+        host_embeddings: keep a frozen embedding on the host; where `device` is the host, that changes nothing.
 
     Raises:
         ModelError: the folder cannot be read as such a model, weights are missing in it, or it is quantized otherwise.
     """
-    options: dict[str, Any] = {"dtype": compute_dtype, "device_map": {"": str(device)}, **architecture.config}
+    on_host = None
+    if host_embeddings:
+        empty = _empty(source, trust_remote_code, architecture)
+        on_host = embedding_for_host(empty, source.reference, skip_modules or [])
+    places = device_map(torch.device(device), on_host)
+    options: dict[str, Any] = {"dtype": compute_dtype, "device_map": places, **architecture.config}
     if architecture.fresh_head:
         skip_modules = [*(skip_modules or []), *head_modules(_empty(source, trust_remote_code, architecture))]
     now = "none" if quantize_later else quant
@@ -101,6 +106,8 @@ def load_base(
         raise ModelError(f"base.model {source.reference} has no linear layer to quantize", fix="Set base.quant=none")
     if wanted is not None and folder == source.folder:
         keep(model, source, wanted, fresh)
+    if on_host is not None and len(places) > 1:
+        put_on_host(model, on_host)
     if quantize_later:
         plan_quantization(model, quant, double_quant, skip_modules, grid)
     model.requires_grad_(False)
@@ -121,8 +128,9 @@ def _from_pretrained(
         if not (quant.kind == quant.head == "none" or is_stored(folder)):
             empty = _empty(source, trust_remote_code, architecture) if skip_modules else None
             keep = unquantized_names(empty, skip_modules) if empty is not None and skip_modules else None
-            options["quantization_config"] = _quantization_config(quant, options["dtype"], keep)
-        with _no_report():
+            split = len(options["device_map"]) > 1
+            options["quantization_config"] = quantization_config(quant, options["dtype"], keep, split)
+        with loads_only():
             loaded: Any = getattr(transformers, architecture.auto_class).from_pretrained(
                 folder,
                 use_safetensors=True,
@@ -146,17 +154,6 @@ def _from_pretrained(
     refuse_missing_weights(info, source.reference, head_modules(model) if architecture.fresh_head else [])
     wrong = {key[0] if isinstance(key, tuple) else key for key in info.get("mismatched_keys", ())}
     return model, frozenset({*info["missing_keys"], *wrong})
-
-
-@contextmanager
-def _no_report() -> Iterator[None]:
-    """transformers reports what is missing in a table of its own; here that is a fresh head, or an error."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
@@ -205,28 +202,6 @@ def to_reference(model: PreTrainedModel) -> PreTrainedModel:
     model.float()
     model.config.dtype = torch.float32
     return model.eval()
-
-
-def _quantization_config(quant: Quantization, compute_dtype: torch.dtype, keep: list[str] | None) -> Any:
-    """What transformers is told."""
-    others = None if quant.kind == "none" else _body_config(quant, compute_dtype, keep)
-    return others if quant.head == "none" else with_coded_head(others, quant.head, quant.double_quant)
-
-
-def _body_config(
-    quant: Quantization, compute_dtype: torch.dtype, keep: list[str] | None
-) -> BitsAndBytesConfig | Int4Config:
-    if quant.kind == "int4":
-        return Int4Config(quant.grid, keep)
-    if quant.kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant.kind,
-        bnb_4bit_use_double_quant=quant.double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=keep,
-    )
 
 
 def _empty(source: BaseSource, trust_remote_code: bool, architecture: Architecture) -> PreTrainedModel:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from qlora_kit.plan.shapes import Linear, ModelShapes
-from qlora_kit.plan.stored import BYTES, stored_bytes
+from qlora_kit.plan.stored import BYTES, Device, stored_bytes
 from qlora_kit.recipe import BaseSection, Recipe
 
 
@@ -34,6 +34,7 @@ def base_parts(
     saved: dict[str, int],
     untied: bool = False,
     mapped: bool = False,
+    device: Device = "cpu",
 ) -> Iterable[Component]:
     """The base model's own tensors; what is trained in full is trained in place, and fp16 is too coarse for that.
 
@@ -55,13 +56,13 @@ def base_parts(
     if whole:
         yield Component("linear layers trained in full", plain(f"{linear.name}.weight" for linear in whole), True)
     biases = plain(f"{linear.name}.bias" for linear in shapes.linears if linear.bias)
-    coded = base.head_quant != "none"
-    embedding = next(iter(shapes.embeddings))
+    coded, away = base.head_quant != "none", base.embeddings == "host" and device == "cuda"
+    elsewhere = list(shapes.embeddings)[:1] if away or (coded and shapes.tied) else []
     yield Component(
         "embeddings",
-        plain(name for name in shapes.embeddings if not (coded and shapes.tied and name == embedding)),
+        plain(name for name in shapes.embeddings if name not in elsewhere),
         True,
-        base.compute_dtype,
+        "on the host" if away else base.compute_dtype,
         mapped and not in_full.keys() & shapes.embeddings.keys(),
     )
     if coded:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from qlora_kit.errors import AdapterError, TrainingError
+from qlora_kit.errors import AdapterError, ModelError, TrainingError
 from qlora_kit.plan.find_config import find_config
 from qlora_kit.plan.headers import stored_dtype
 from qlora_kit.plan.memory import Plan, plan
@@ -21,6 +21,8 @@ TIGHT_COST = 1.1
 """Time of a step on a CPU whose allocator gives memory back at once, against one that keeps it."""
 OFFLOAD_COST = 1.03
 """Time of a step whose inputs are copied to the host and back beside it; not yet measured on a GPU."""
+HOST_ROWS_COST = 1.01
+"""Time of a step that begins with rows of an embedding from the host; not yet measured on a GPU."""
 _SMALLER = {"none": ("none", "int8", "nf4"), "int8": ("int8", "nf4")}
 _LENGTHS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 _OPTIMIZERS = {"adamw": ("adamw", "paged_adamw_8bit"), "paged_adamw": ("paged_adamw", "paged_adamw_8bit")}
@@ -68,10 +70,11 @@ def fitting(recipe: Recipe, budget: int, device: Device) -> Choice | None:
         return plan(candidate, config, device, stored)
 
     quants, heads = _SMALLER.get(recipe.base.quant, (recipe.base.quant,)), _heads(recipe, config)
+    places = _places(recipe, config, device)
     for length, quant, head in product(_LENGTHS, quants, heads):
         found = []
         start = _with(recipe, {"base.head_quant": head})
-        for candidate in _same_result(start, length, quant, device):
+        for candidate in _same_result(start, length, quant, device, places):
             result = planned(candidate)
             if result.total_bytes <= budget:
                 changed = len(list(_changed(recipe, candidate)))
@@ -103,6 +106,18 @@ def _heads(recipe: Recipe, config: dict[str, Any]) -> tuple[str, ...]:
     return kept, "int8"
 
 
+def _places(recipe: Recipe, config: dict[str, Any], device: Device) -> tuple[str, ...]:
+    """Where the embedding may be: as the recipe has it, and on the host where that is another memory and allowed."""
+    kept = recipe.base.embeddings
+    if kept == "host" or device == "cpu":
+        return (kept,)
+    try:
+        plan(_with(recipe, {"base.embeddings": "host"}), config)
+    except (AdapterError, ModelError):
+        return (kept,)
+    return kept, "host"
+
+
 def must_fit(recipe: Recipe, budget: int, device: Device) -> Choice:
     """As `fitting`.
 
@@ -120,7 +135,9 @@ def must_fit(recipe: Recipe, budget: int, device: Device) -> Choice:
     return found
 
 
-def _same_result(recipe: Recipe, length: float, quant: str, device: Device) -> Iterator[Recipe]:
+def _same_result(
+    recipe: Recipe, length: float, quant: str, device: Device, places: tuple[str, ...]
+) -> Iterator[Recipe]:
     """Variants that train on the same rows a step."""
     train = recipe.train
     rows = train.micro_batch_size * train.grad_accum_steps
@@ -129,7 +146,8 @@ def _same_result(recipe: Recipe, length: float, quant: str, device: Device) -> I
     allocators = ("fast", "tight") if device == "cpu" else (train.allocator,)
     scored = {recipe.eval.batch_size, 1}
     again_by = (False, True, "offload") if device == "cuda" else (False, recipe.train.gradient_checkpointing or True)
-    for size, again, optimizer, allocator, at_once in product(sizes, again_by, optimizers, allocators, scored):
+    choices = product(sizes, again_by, optimizers, allocators, scored, places)
+    for size, again, optimizer, allocator, at_once, place in choices:
         yield _with(
             recipe,
             {
@@ -140,6 +158,7 @@ def _same_result(recipe: Recipe, length: float, quant: str, device: Device) -> I
                 "train.allocator": allocator,
                 "eval.batch_size": at_once,
                 "base.quant": quant,
+                "base.embeddings": place,
                 "data.max_seq_len": max(8, int(recipe.data.max_seq_len * length)),
             },
         )
@@ -153,6 +172,8 @@ def _time(recipe: Recipe, result: Plan) -> float:
     slower = TIGHT_COST if recipe.train.allocator == "tight" and result.device == "cpu" else 1.0
     if recipe.train.gradient_checkpointing == "offload" and result.device == "cuda":
         slower *= OFFLOAD_COST
+    if recipe.base.embeddings == "host" and result.device == "cuda":
+        slower *= HOST_ROWS_COST
     return (result.flops_per_token + expanded) * slower
 
 

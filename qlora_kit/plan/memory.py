@@ -18,7 +18,13 @@ from qlora_kit.plan.moments import Moment, moments
 from qlora_kit.plan.shapes import Linear, ModelShapes, model_shapes
 from qlora_kit.plan.stored import BYTES, Device, optimizer_bytes
 from qlora_kit.plan.time import flops_per_token
-from qlora_kit.plan.trained import find_targets, parameters_saved, refuse_trained_head, trained_biases
+from qlora_kit.plan.trained import (
+    find_targets,
+    parameters_saved,
+    refuse_host_embedding,
+    refuse_trained_head,
+    trained_biases,
+)
 from qlora_kit.recipe import Recipe, TrainSection
 
 Tensor = tuple[int, str]
@@ -113,9 +119,9 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda", stored
         stored: dtype of the checkpoint's tensors, see `stored_dtype`; None counts all of them as copied.
 
     Raises:
-        ModelError: the architecture is unknown or the config incomplete.
+        ModelError: the architecture is unknown or the config incomplete, or a tied embedding is to be on the host.
         AdapterError: target_modules, modules_to_save or a layer's own rank or alpha match nothing, or both of the
-            former one layer; or nothing would be trained; or base.head_quant is of a head that is.
+            former one layer; or nothing would be trained; or base.head_quant, base.embeddings are of what is.
     """
     shapes = model_shapes(config)
     parameters = shapes.parameters()
@@ -130,8 +136,11 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda", stored
         raise AdapterError(
             "a layer is both a target and a module to save", got=both[0], fix="Remove it from one of them"
         )
+    trained = {f"{target.name}.weight" for target in targets} | saved.keys()
     if recipe.base.head_quant != "none":
-        refuse_trained_head(shapes, {f"{target.name}.weight" for target in targets} | saved.keys())
+        refuse_trained_head(shapes, trained)
+    if recipe.base.embeddings == "host":
+        refuse_host_embedding(shapes, trained)
     adapter.check_layers([linear.name for linear in targets])
     added = adapter_tensors(targets, shapes.hidden, adapter)
     weights = sum(size for size, _ in added)
@@ -146,7 +155,7 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda", stored
     in_full = {name: size + (new_rows if _is_vocabulary(name, shapes) else 0) for name, size in in_full.items()}
     mapped = device == "cpu" and stored == recipe.base.compute_dtype
     components = [
-        *base_parts(shapes, parameters, recipe.base, in_full, saved, shapes.head in targets, mapped),
+        *base_parts(shapes, parameters, recipe.base, in_full, saved, shapes.head in targets, mapped, device),
         *_training(added, list(in_full.values()), recipe, device),
         *_kept_by_method(targets, adapter),
         *teacher_parts(shapes, parameters, recipe),
@@ -163,7 +172,7 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda", stored
         components=components,
         moments=moments(recipe, config["model_type"], shapes, targets, components, largest, device),
         loading=list(loading_parts(parameters, targets, recipe)),
-        host=list(host_parts(recipe, shapes, device)),
+        host=list(host_parts(recipe, shapes, device, stored == recipe.base.compute_dtype)),
         flops_per_token=flops_per_token(shapes, weights, recipe),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from qlora_kit.adapters.settings import AdapterSettings
-from qlora_kit.errors import AdapterError
+from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.plan.shapes import Linear, ModelShapes
 
 
@@ -62,6 +62,16 @@ def parameters_saved(parameters: dict[str, int], shapes: ModelShapes, adapter: A
         found |= {embedding} if shapes.tied and shapes.head.name in matches else set()
         found |= matches
     return {name: size for name, size in parameters.items() if any(name.startswith(f"{module}.") for module in found)}
+
+
+def refuse_host_embedding(shapes: ModelShapes, trained: set[str]) -> None:
+    """Raises an error where the device needs the embedding's weight: AdapterError because it is among those that are
+    trained, ModelError because the head is tied to it."""
+    name, fix = next(iter(shapes.embeddings)), "Set base.embeddings=device"
+    if shapes.tied:
+        raise ModelError("base.embeddings=host: the output head is tied to the embedding", fix=fix)
+    if name in trained:
+        raise AdapterError(f"{name} is to be trained, and base.embeddings=host keeps it off the device", fix=fix)
 
 
 def refuse_trained_head(shapes: ModelShapes, trained: set[str]) -> None:

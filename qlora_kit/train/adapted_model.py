@@ -17,6 +17,7 @@ from qlora_kit.data.template import resolve_template
 from qlora_kit.errors import ModelError, TrainingError
 from qlora_kit.kernels.offloaded_inputs import offload_inputs
 from qlora_kit.kernels.tiled_mlp import tile_mlps
+from qlora_kit.model.host_embedding import HostEmbedding
 from qlora_kit.model.int4_blocks import Int4Grid
 from qlora_kit.model.load import DTYPES, Architecture, head_modules, load_base, load_tokenizer
 from qlora_kit.model.processor import load_processor
@@ -86,6 +87,7 @@ def load_for_training(
         grid=int4_grid(recipe.base),
         cache=recipe.base.cache,
         head_quant=recipe.base.head_quant,
+        host_embeddings=recipe.base.embeddings == "host",
     )
     torch.manual_seed(seed_for(recipe.run.seed, "init"))
     if not task.processor:
@@ -111,15 +113,17 @@ def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """Gives the model, in place, the tokenizer's padding and an embedding of each of its tokens.
 
     Raises:
-        ModelError: there are more tokens than the codes of a quantized head.
+        ModelError: there are more tokens than words of a model whose embedding, or head, is held in a form of its own.
     """
     model.config.pad_token_id = tokenizer.pad_token_id  # a decoder's head reads the last token before padding
-    if len(tokenizer) > cast(Tensor, model.get_input_embeddings().weight).shape[0]:
-        if coded_head(model) is not None:
+    embedding = model.get_input_embeddings()
+    if len(tokenizer) > cast(Tensor, embedding.weight).shape[0]:
+        if coded_head(model) is not None or isinstance(embedding, HostEmbedding):
             raise ModelError(
-                "the tokenizer has more tokens than the model has words, and codes cannot grow",
+                "the tokenizer has more tokens than the model has words, and neither codes nor an embedding on the "
+                "host can grow",
                 got=len(tokenizer),
-                fix="Set base.head_quant=none",
+                fix="Set base.head_quant=none and base.embeddings=device",
             )
         model.resize_token_embeddings(len(tokenizer))
 
@@ -137,7 +141,10 @@ def without_effect(recipe: Recipe, device: torch.device) -> list[str]:
     """Notes on what a recipe would keep in the host's memory, where the device has no other."""
     if device.type == "cuda":
         return []
-    wanted = {"train.gradient_checkpointing=offload": recipe.train.gradient_checkpointing == "offload"}
+    wanted = {
+        "base.embeddings=host": recipe.base.embeddings == "host",
+        "train.gradient_checkpointing=offload": recipe.train.gradient_checkpointing == "offload",
+    }
     reason = "needs CUDA; here all memory is the host's, and nothing is moved"
     return [f"{option} {reason}" for option, chosen in wanted.items() if chosen]
 

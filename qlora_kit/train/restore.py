@@ -82,6 +82,7 @@ def load_run_base(
         grid=int4_grid(base),
         cache=base.cache,
         head_quant="none" if quant == "none" else base.head_quant,
+        host_embeddings=base.embeddings == "host",
     )
     if not task.processor:
         model.config.pad_token_id = load_run_tokenizer(run).pad_token_id
