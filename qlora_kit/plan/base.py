@@ -56,21 +56,24 @@ def base_parts(
     if whole:
         yield Component("linear layers trained in full", plain(f"{linear.name}.weight" for linear in whole), True)
     biases = plain(f"{linear.name}.bias" for linear in shapes.linears if linear.bias)
-    coded, away = base.head_quant != "none", base.embeddings == "host" and device == "cuda"
-    elsewhere = list(shapes.embeddings)[:1] if away or (coded and shapes.tied) else []
-    yield Component(
-        "embeddings",
-        plain(name for name in shapes.embeddings if name not in elsewhere),
-        True,
-        "on the host" if away else base.compute_dtype,
-        mapped and not in_full.keys() & shapes.embeddings.keys(),
-    )
-    if coded:
+    in_files = mapped and not in_full.keys() & shapes.embeddings.keys()
+    yield _embeddings(shapes, base, plain, in_files, device)
+    if base.head_quant != "none":
         yield _coded_head(shapes, base)
     else:
         in_files = mapped and f"{shapes.head.name}.weight" not in in_full
         yield _head(shapes, untied, base.compute_dtype, plain, in_files)
     yield Component("norms and biases", plain(shapes.norms) + biases, True, base.compute_dtype, mapped)
+
+
+def _embeddings(
+    shapes: ModelShapes, base: BaseSection, plain: Callable[[Iterable[str]], int], mapped: bool, device: Device
+) -> Component:
+    """On the device: not one that stays on the host (plan/host.py), nor one that reads the codes of a tied head."""
+    away = base.embeddings == "host" and device == "cuda"
+    elsewhere = list(shapes.embeddings)[:1] if away or (base.head_quant != "none" and shapes.tied) else []
+    size = plain(name for name in shapes.embeddings if name not in elsewhere)
+    return Component("embeddings", size, True, "on the host" if away else base.compute_dtype, mapped)
 
 
 def _head(
