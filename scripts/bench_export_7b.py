@@ -26,6 +26,8 @@ from bench_7b import GIB, write_tokenizer
 from bench_runs import RESULTS, hardware_line, this_machine, train_run, write
 from make_shapes import shapes, write_shape
 
+from qlora_kit.train.memory_limit import anonymous_bytes
+
 MEMORY_GIB = 16.0  # bar
 PROFILES = {"int8": {"quant": "nf4"}, "int4_exact": {"quant": "int4", "int4_algorithm": "rtn"}}
 POLL_S = 0.05
@@ -106,8 +108,7 @@ def _anonymous_bytes(process: psutil.Process) -> int:
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
         for one in [process, *process.children(recursive=True)]:
-            memory = one.memory_info()
-            total += memory.rss - memory.shared
+            total += anonymous_bytes(one)
     return total
 
 

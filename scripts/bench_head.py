@@ -114,10 +114,14 @@ def row_sums(model: Any, batches: list[Any]) -> np.ndarray:
 
 def change(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
     """How much larger our loss is, in shares of theirs, with a 95% bootstrap interval over rows."""
-    drawn = np.random.default_rng(SEED).integers(len(ours), size=(SAMPLES, len(ours)))
-    shares = [one[drawn, 0].sum(1) / one[drawn, 1].sum(1) for one in (ours, theirs)]
-    low, high = np.percentile(shares[0] / shares[1] - 1, [2.5, 97.5])
-    return loss(ours) / loss(theirs) - 1, low, high
+    from qlora_kit.eval.intervals import bootstrap
+
+    def shares(drawn: np.ndarray) -> np.ndarray:
+        ratios = [one[drawn, 0].sum(1) / one[drawn, 1].sum(1) for one in (ours, theirs)]
+        return np.asarray(ratios[0] / ratios[1] - 1)
+
+    found = bootstrap(len(ours), shares, SAMPLES, 0.95, SEED)
+    return found.value, found.low, found.high
 
 
 def loss(sums: np.ndarray) -> float:

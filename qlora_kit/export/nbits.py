@@ -82,7 +82,7 @@ def lookup_nodes(gather: onnx.NodeProto, head: Linear, in_features: int, data: D
     rows = data.add(f"{head.prefix}.rows", np.array([head.rows[0].count, in_features]))
     return [
         node("Reshape", [codes_name(head, 8), rows], f"{y}/codes"),
-        _lookup(gather, f"{y}/codes", scales_name(head)),
+        lookup(gather, f"{y}/codes", scales_name(head)),
     ]
 
 
@@ -90,12 +90,13 @@ def embedding_nodes(gather: onnx.NodeProto, weight: Tensor, data: Tensors) -> li
     """What takes the place of the Gather of an embedding float32 [vocab, width]: rows of 8-bit codes of its own."""
     blocks, table = round_8bit(weight, BLOCK_SIZE), gather.input[0]
     codes = data.add(f"{table}_Q8", blocks.codes.flatten(1).numpy())
-    return [_lookup(gather, codes, data.add_half(f"{table}_scales", blocks.scales.numpy()))]
+    return [lookup(gather, codes, data.add_half(f"{table}_scales", blocks.scales.numpy()))]
 
 
-def _lookup(gather: onnx.NodeProto, codes: str, scales: str) -> onnx.NodeProto:
+def lookup(gather: onnx.NodeProto, codes: str, *scales: str) -> onnx.NodeProto:
+    """What reads rows of 8-bit codes [rows, width] in the place of `gather`; `scales`: and zero points, if any."""
     places = {"bits": 8, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
-    inputs = [codes, gather.input[1], scales]
+    inputs = [codes, gather.input[1], *scales]
     return node("GatherBlockQuantized", inputs, gather.output[0], MICROSOFT, **places)
 
 

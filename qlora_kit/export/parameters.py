@@ -12,7 +12,7 @@ import onnx
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 STRAIGHT, TRANSPOSED = "parameter:", "transposed:"
 
@@ -26,6 +26,12 @@ def multiplied(name: str, tensor: Tensor, factors: Factors, first: int = 0) -> T
         by_rows = factor.ndim == tensor.ndim
         tensor = tensor * (factor[first : first + len(tensor)] if by_rows else factor)
     return tensor
+
+
+def multiply_parameters(model: nn.Module, factors: Factors | None) -> None:
+    """Multiplies a model's parameters by their factors, in place."""
+    for name, parameter in model.named_parameters():
+        parameter.data = multiplied(name, parameter.data, factors or {})
 
 
 def write_factors(factors: Factors, file: Path) -> None:

@@ -24,7 +24,7 @@ from qlora_kit.errors import ExportError
 from qlora_kit.export.graph import GRAPH
 from qlora_kit.export.linear import GraphTensors
 from qlora_kit.export.nbits import embedding_nodes
-from qlora_kit.export.parameters import Factors, multiplied
+from qlora_kit.export.parameters import Factors, multiply_parameters
 
 OPSET = 20
 BLOCK_SIZE = 32  # channels of an int8 weight that share a scale
@@ -68,8 +68,7 @@ def build_task_graph(
         ExportError: torch cannot export this model.
     """
     model = getattr(transformers, auto_class).from_pretrained(merged, dtype=torch.float32).eval()
-    for name, parameter in model.named_parameters():
-        parameter.data = multiplied(name, parameter.data, factors or {})
+    multiply_parameters(model, factors)
     graph = _exported(model, input_names(model, tokenizer), output_names(auto_class))
     write_graph(quantized(graph) if profile == "int8" else graph, target / GRAPH)
     copy_configuration(merged, target)

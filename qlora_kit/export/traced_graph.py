@@ -17,13 +17,15 @@ import onnx
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from qlora_kit.adapters.inject import is_tied_head, output_head, untie_head
 from qlora_kit.errors import ExportError
 from qlora_kit.export.graph import GRAPH, copy_texts
-from qlora_kit.export.linear import MICROSOFT, GraphTensors, node
-from qlora_kit.export.parameters import Factors, multiplied
-from qlora_kit.export.task_graph import BLOCK_SIZE, exported, round_products, round_tables, write_graph
+from qlora_kit.export.linear import GraphTensors, node
+from qlora_kit.export.merge import conv1d_layers, plain_linear
+from qlora_kit.export.nbits import lookup
+from qlora_kit.export.parameters import Factors, multiply_parameters
+from qlora_kit.export.task_graph import exported, round_products, round_tables, write_graph
 
 PROFILES = ("fp32", "int8")
 PAST, PRESENT = "past_key_values.%d", "present.%d"
@@ -69,11 +71,10 @@ def build_traced_graph(merged: Path, target: Path, profile: str, factors: Factor
             allowed=", ".join(PROFILES),
             fix="Export int8",
         )
-    for key, parameter in model.named_parameters():
-        parameter.data = multiplied(key, parameter.data, factors or {})
+    multiply_parameters(model, factors)
     _replace_conv1d(model)
-    if tied := profile == "int8" and _is_tied(model):
-        model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.clone())
+    if tied := profile == "int8" and is_tied_head(model, output_head(model)):
+        untie_head(model)
     cache = _example_cache(model)
     layers = range(len(cache) // 2)
     names = [[f"{start % k}.{part}" for k in layers for part in ("key", "value")] for start in (PAST, PRESENT)]
@@ -122,18 +123,9 @@ def _example_cache(model: PreTrainedModel) -> tuple[Tensor, ...]:
 
 def _replace_conv1d(model: PreTrainedModel) -> None:
     """GPT-2's layers [in, out] as linear ones, whose products can be rounded."""
-    for module in list(model.modules()):
-        for name, layer in module.named_children():
-            if isinstance(layer, Conv1D):
-                linear = nn.utils.skip_init(nn.Linear, *layer.weight.shape)
-                linear.weight = nn.Parameter(layer.weight.T.contiguous())
-                linear.bias = layer.bias
-                setattr(module, name, linear)
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    head: Any = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
+    for name in conv1d_layers(model):
+        layer: Any = model.get_submodule(name)
+        model.set_submodule(name, plain_linear(layer, layer.weight.T.contiguous(), as_conv1d=False))
 
 
 def _look_up_in_head(graph: onnx.GraphProto, model: PreTrainedModel) -> None:
@@ -145,9 +137,7 @@ def _look_up_in_head(graph: onnx.GraphProto, model: PreTrainedModel) -> None:
     codes, scales, zero_points = head.input[1:4]
     width = next(attribute.i for attribute in head.attribute if attribute.name == "K")
     rows = GraphTensors(graph).add(f"{table}.rows", np.array([-1, width]))
-    settings = {"bits": 8, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
-    inputs = [f"{table}.codes", gather.input[1], scales, zero_points]
-    graph.node.insert(place, node("GatherBlockQuantized", inputs, gather.output[0], MICROSOFT, **settings))
+    graph.node.insert(place, lookup(gather, f"{table}.codes", scales, zero_points))
     graph.node.insert(place, node("Reshape", [codes, rows], f"{table}.codes"))
     graph.node.remove(gather)
     graph.initializer.remove(next(tensor for tensor in graph.initializer if tensor.name == table))

@@ -2,21 +2,19 @@
 
 The idea is that of Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009) and of Liger Kernel's fused linear
 cross-entropy (Hsu et al. 2024, arXiv 2410.10989): what a chunk of logits is needed for, its loss and its gradient, is
-computed while the chunk is there. Here gradients are kept for each token, so that losses may be weighted afterwards.
+computed while the chunk is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qlora_kit.kernels.frozen_linear import ExpandWeight, autocast_input
-from qlora_kit.kernels.token_chunks import CHUNK_LOGITS, chunked_losses, token_chunks
+from qlora_kit.kernels.token_chunks import CHUNK_LOGITS, chunked_losses, losses_with_gradients, token_chunks
 
 
 def linear_cross_entropy_reference(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
@@ -59,9 +57,13 @@ def linear_cross_entropy(
 
     Returns: float32 [tokens].
     """
-    hidden = autocast_input(hidden)
-    wanted = torch.is_grad_enabled() and hidden.requires_grad
-    return _LinearCrossEntropy.apply(hidden, expand, bias, labels, chunk_logits, wanted)
+
+    def compute(hidden: Tensor, losses: Tensor, grads: Tensor | None) -> None:
+        weight = expand(hidden.dtype)  # [vocab, width]
+        for place in token_chunks(len(labels), len(weight), chunk_logits):
+            _chunk(hidden[place], weight, bias, labels[place], losses[place], None if grads is None else grads[place])
+
+    return losses_with_gradients(autocast_input(hidden), compute)
 
 
 def _chunk(
@@ -76,25 +78,3 @@ def _chunk(
         by_logit = logits.sub_(log_sum).exp_()  # softmax; less one at the label
         by_logit.scatter_(1, own, by_logit.gather(1, own) - 1)
         torch.mm(by_logit.to(hidden.dtype), weight, out=grads)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, expand: ExpandWeight, bias: Tensor | None, labels: Tensor, size: int, wanted: bool
-    ) -> Tensor:
-        weight = expand(hidden.dtype)  # [vocab, width]
-        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        grads = torch.empty_like(hidden) if wanted else None  # of each token's own loss
-        for place in token_chunks(len(labels), len(weight), size):
-            _chunk(hidden[place], weight, bias, labels[place], losses[place], None if grads is None else grads[place])
-        if grads is not None:
-            ctx.save_for_backward(grads)
-        return losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
-        grad_hidden = (kept * grads[0][:, None]).to(kept.dtype)  # multiplied in fp32, rounded once
-        return grad_hidden, None, None, None, None, None

@@ -8,15 +8,13 @@ of Milakov & Gimelshein 2018, arXiv 1805.02867, summed as in FlashAttention, Dao
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qlora_kit.kernels.frozen_linear import autocast_input
-from qlora_kit.kernels.token_chunks import CHUNK_LOGITS, token_chunks
+from qlora_kit.kernels.token_chunks import CHUNK_LOGITS, losses_with_gradients, token_chunks
 
 ExpandPiece = Callable[[slice, torch.dtype], Tensor]
 """Returns rows of the frozen weight [rows, width] in the dtype asked for."""
@@ -45,9 +43,20 @@ def pieced_cross_entropy(
     Raises:
         IndexError: a label is not in the vocabulary.
     """
-    hidden = autocast_input(hidden)
-    wanted = torch.is_grad_enabled() and hidden.requires_grad
-    return _PiecedCrossEntropy.apply(hidden, expand, pieces, bias, labels, chunk_logits, wanted)
+    vocab, rows = pieces[-1].stop, pieces[0].stop
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < vocab:
+        raise IndexError(f"a label is out of bounds: {int(labels.min())} to {int(labels.max())} of {vocab} words")
+
+    def compute(hidden: Tensor, losses: Tensor, grads: Tensor | None) -> None:
+        for tokens in token_chunks(len(labels), rows, chunk_logits):
+            sums = _Sums(hidden[tokens], labels[tokens], grads is not None)
+            for place in pieces:
+                sums.add(place, expand(place, hidden.dtype), bias)
+            losses[tokens] = sums.losses()
+            if grads is not None:
+                grads[tokens] = sums.gradients()
+
+    return losses_with_gradients(autocast_input(hidden), compute)
 
 
 class _Sums:
@@ -86,39 +95,3 @@ class _Sums:
         assert self.rows is not None and self.own_row is not None
         surplus = (self.own - self.largest).exp_() / self.total - 1  # [n, 1]
         return self.rows.div_(self.total).addcmul_(surplus, self.own_row.float())
-
-
-class _PiecedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        expand: ExpandPiece,
-        pieces: Sequence[slice],
-        bias: Tensor | None,
-        labels: Tensor,
-        size: int,
-        wanted: bool,
-    ) -> Tensor:
-        vocab, rows = pieces[-1].stop, pieces[0].stop
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < vocab:
-            raise IndexError(f"a label is out of bounds: {int(labels.min())} to {int(labels.max())} of {vocab} words")
-        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        grads = torch.empty_like(hidden) if wanted else None  # of each token's own loss
-        for tokens in token_chunks(len(labels), rows, size):
-            sums = _Sums(hidden[tokens], labels[tokens], wanted)
-            for place in pieces:
-                sums.add(place, expand(place, hidden.dtype), bias)
-            losses[tokens] = sums.losses()
-            if grads is not None:
-                grads[tokens] = sums.gradients()
-        if grads is not None:
-            ctx.save_for_backward(grads)
-        return losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
-        grad_hidden = (kept * grads[0][:, None]).to(kept.dtype)  # multiplied in fp32, rounded once
-        return grad_hidden, None, None, None, None, None, None

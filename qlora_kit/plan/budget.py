@@ -96,26 +96,28 @@ def fitting(recipe: Recipe, budget: int, device: Device) -> Choice | None:
 
 def _heads(recipe: Recipe, config: dict[str, Any]) -> tuple[str, ...]:
     """How the head may be stored: as the recipe has it, and where it is frozen and not yet codes, in int8."""
-    kept = recipe.base.head_quant
-    if kept != "none" or "quantization_config" in config or recipe.task.type != "causal_lm":
-        return (kept,)
-    try:
-        plan(_with(recipe, {"base.head_quant": "int8"}), config)
-    except AdapterError:
-        return (kept,)
-    return kept, "int8"
+    if "quantization_config" in config or recipe.task.type != "causal_lm":
+        return (recipe.base.head_quant,)
+    return _allowed(recipe, config, "head_quant", plain="none", other="int8")
 
 
 def _places(recipe: Recipe, config: dict[str, Any], device: Device) -> tuple[str, ...]:
     """Where the embedding may be: as the recipe has it, and on the host where that is another memory and allowed."""
-    kept = recipe.base.embeddings
-    if kept == "host" or device == "cpu":
+    if device == "cpu":
+        return (recipe.base.embeddings,)
+    return _allowed(recipe, config, "embeddings", plain="device", other="host")
+
+
+def _allowed(recipe: Recipe, config: dict[str, Any], field: str, plain: str, other: str) -> tuple[str, ...]:
+    """What base.FIELD may be: as the recipe has it, and `other` where that is `plain` and a plan takes the other."""
+    kept = getattr(recipe.base, field)
+    if kept != plain:
         return (kept,)
     try:
-        plan(_with(recipe, {"base.embeddings": "host"}), config)
+        plan(_with(recipe, {f"base.{field}": other}), config)
     except (AdapterError, ModelError):
         return (kept,)
-    return kept, "host"
+    return kept, other
 
 
 def must_fit(recipe: Recipe, budget: int, device: Device) -> Choice:

@@ -43,9 +43,9 @@ class MemoryLimit:
         return anonymous_bytes()
 
 
-def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs; all of it where the system does not tell them apart."""
-    memory: Any = psutil.Process().memory_info()
+def anonymous_bytes(process: psutil.Process | None = None) -> int:
+    """Resident memory of a process (None: this one) that no file backs; all of it where the system does not tell."""
+    memory: Any = (process or psutil.Process()).memory_info()
     return int(memory.rss - getattr(memory, "shared", 0))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from by_genai import greedy_by_genai
 from qlora_runtime import Bundle, Sampling, sha256_file, verify_directory
 from qlora_runtime.generate import generate
 from rich.console import Console
@@ -81,15 +82,8 @@ def test_onnxruntime_genai_runs_the_bundle_folder(exported_run: Path) -> None:
     bundle = Bundle.open(folder)
     prompt = bundle.encode_prompt(CHAT)
     expected = [*bundle.stream(prompt, Sampling(max_new_tokens=20))]
-    model = genai.Model(str(folder))
-    assert genai.Tokenizer(model).encode(bundle.render_chat(CHAT)).tolist() == prompt
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + 20, do_sample=False)
-    generator = genai.Generator(model, parameters)
-    generator.append_tokens(prompt)
-    while not generator.is_done():
-        generator.generate_next_token()
-    assert generator.get_sequence(0).tolist()[len(prompt) :] == expected
+    assert genai.Tokenizer(genai.Model(str(folder))).encode(bundle.render_chat(CHAT)).tolist() == prompt
+    assert greedy_by_genai(folder, prompt, 20) == expected
 
 
 def test_manifest_holds_every_hash_and_distance(exported_run: Path) -> None:
