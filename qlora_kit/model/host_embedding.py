@@ -78,7 +78,8 @@ def embedding_for_host(model: Any, reference: str, trained: list[str]) -> str:
         why = "adapter.modules_to_save trains it"
     else:
         return name
-    raise ModelError(f"base.embeddings=host: the embedding of {reference} cannot stay on the host: {why}", fix=FIX)
+    what = f"base.embeddings=host: the embedding of {reference} cannot stay on the host: {why}"
+    raise ModelError(what, fix="Set base.embeddings=device")
 
 
 def device_map(device: torch.device, on_host: str | None) -> dict[str, str]:
