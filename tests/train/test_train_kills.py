@@ -55,7 +55,8 @@ def bookkeeping(run: RunFolder) -> tuple[Any, ...]:
 
 
 def waits_for(run: RunFolder, moment: str, number: int) -> Callable[[], bool]:
-    """Whether the moment has come: so many lines of metrics; a checkpoint half written; an evaluation under way."""
+    """Whether the moment has come: so many lines of metrics; a checkpoint half written, or one more whole; an
+    evaluation under way."""
 
     def lines() -> list[bytes]:
         try:
@@ -67,7 +68,10 @@ def waits_for(run: RunFolder, moment: str, number: int) -> Callable[[], bool]:
         found = run.checkpoints.glob(".partial-*/adapter") if run.checkpoints.is_dir() else []
         return {str(folder): folder.stat().st_mtime_ns for folder in found if folder.exists()}
 
-    left_by_an_earlier_kill = half_written()
+    def whole() -> set[str]:
+        return {folder.name for folder in checkpoint_folders(run.checkpoints)} if run.checkpoints.is_dir() else set()
+
+    left_by_an_earlier_kill, saved_before = half_written(), whole()
 
     def writing() -> bool:
         try:
@@ -80,7 +84,8 @@ def waits_for(run: RunFolder, moment: str, number: int) -> Callable[[], bool]:
         last = json.loads(found[-1]) if len(found) >= number and found[-1].endswith(b"}") else {}
         return last.get("kind") == "train" and last["step"] % LONG["eval_every"] == 0
 
-    return {"lines": lambda: len(lines()) >= number, "writing": writing, "evaluating": evaluating}[moment]
+    moments = {"writing": writing, "saved": lambda: bool(whole() - saved_before), "evaluating": evaluating}
+    return {**moments, "lines": lambda: len(lines()) >= number}[moment]
 
 
 def kill_when(process: ForkedCli, come: Callable[[], bool], delay_s: float) -> bool:
@@ -108,7 +113,7 @@ def test_killed_at_random_moments_and_resumed_ends_in_the_same_bytes(
     others = [ForkedCli(tmp_path / path.stem, "train", path, "--quiet") for path in recipes[:2]]
     choose = random.Random(form)
     arguments: list[Any] = [recipes[2]]
-    moments = ["lines", "writing", "evaluating", "lines", "writing"]
+    moments = ["writing", "saved", "evaluating", "saved", "lines"]
     kills = 0
     for k, moment in enumerate(moments):
         process = ForkedCli(tmp_path / "out", "train", *arguments, "--quiet")
