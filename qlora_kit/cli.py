@@ -117,11 +117,8 @@ def run_predict(options: argparse.Namespace) -> None:
         options.input,
         Path(options.output),
         Console(stderr=True),
-        form=options.form,
-        batch_size=options.batch_size,
-        bad_rows=options.bad_rows,
-        overlong=options.overlong,
-        overwrite=options.overwrite,
+        columns=dict(options.column),
+        **{name: getattr(options, name) for name in ("form", "batch_size", "bad_rows", "overlong", "overwrite")},
     )
 
 

@@ -99,6 +99,8 @@ def _predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bad-rows", choices=["error", "skip"], default="error", help="stop at one, or count it")
     words = "of rows longer than the recipe's data.max_seq_len: stop, leave out, or cut"
     parser.add_argument("--overlong", choices=["error", "skip", "truncate"], help=words)
+    words = "where the input calls a column otherwise than the recipe, e.g. text=review (again and again)"
+    parser.add_argument("--column", metavar="EXPECTED=ACTUAL", action="append", type=_renaming, default=[], help=words)
     parser.add_argument("--overwrite", action="store_true", help="begin again where the output exists")
 
 
@@ -193,6 +195,13 @@ def _numbers(text: str) -> list[int]:
         return sorted({int(read(name)) for name in _names(text)})
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} are no whole numbers; give for example 1,10") from None
+
+
+def _renaming(text: str) -> tuple[str, str]:
+    expected, sign, actual = text.partition("=")
+    if not (expected and sign and actual):
+        raise argparse.ArgumentTypeError(f"expected EXPECTED=ACTUAL, such as text=review, got {text!r}")
+    return expected, actual
 
 
 def _names(text: str) -> list[str]:

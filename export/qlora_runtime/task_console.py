@@ -61,7 +61,7 @@ def answer_rows(
     read, ask, tell = _KINDS[verb]
 
     def checked(place: str, row: Row) -> Any:
-        _check_free(bundle, verb, place, row, columns)
+        _check_free(bundle, verb, place, row)
         check_writable(place, row)
         return read(place, row, columns)
 
@@ -74,12 +74,11 @@ def _same(first: Path, second: Path) -> bool:
     return first.exists() and second.exists() and first.samefile(second)
 
 
-def _check_free(bundle: TaskBundle, verb: str, place: str, row: Row, columns: Columns) -> None:
+def _check_free(bundle: TaskBundle, verb: str, place: str, row: Row) -> None:
     answer = _ANSWERS[verb]
     if isinstance(bundle.task, ClassificationTask):
-        answer = (*(("labels",) if bundle.task.multi_label else ("label", "probability")), *answer)
-    if verb == "tag" and columns.get("words", "words") == "words":
-        answer = answer[1:]  # these words are the row's own
+        chosen = ("predicted_labels",) if bundle.task.multi_label else ("predicted_label", "probability")
+        answer = (*chosen, *answer)
     if taken := [column for column in answer if column in row]:
         raise ArgumentError(
             f"{place}: the answer's columns {taken} are there already. Rename them in the input."
@@ -143,38 +142,40 @@ def _tell_classified(bundle: TaskBundle, found: Classified) -> Row:
     assert isinstance(bundle.task, ClassificationTask)
     probabilities = dict(zip(bundle.task.labels, _rounded(found.probabilities.tolist()), strict=True))
     if bundle.task.multi_label:
-        chosen: Row = {"labels": list(found.labels)}
+        chosen: Row = {"predicted_labels": list(found.labels)}
     else:
-        chosen = {"label": found.labels[0], "probability": probabilities[found.labels[0]]}
+        best = found.labels[0]
+        chosen = {"predicted_label": best, "probability": probabilities[best]}
     return {**chosen, "probabilities": probabilities, "truncated": found.truncated}
 
 
 def _tell_rated(bundle: TaskBundle, found: Rated) -> Row:
-    return {"value": found.value, "truncated": found.truncated}
+    return {"predicted_value": found.value, "truncated": found.truncated}
 
 
 def _tell_tagged(bundle: TaskBundle, found: Tagged) -> Row:
     return {
-        "words": [word.text for word in found.words],
-        "tags": list(found.tags),
-        "scores": _rounded(found.scores),
-        "spans": [asdict(span) | {"score": round(span.score, 6)} for span in found.spans],
+        "predicted_words": [word.text for word in found.words],
+        "predicted_tags": list(found.tags),
+        "predicted_scores": _rounded(found.scores),
+        "predicted_spans": [asdict(span) | {"score": round(span.score, 6)} for span in found.spans],
     }
 
 
 def _tell_answer(bundle: TaskBundle, found: Answer) -> Row:
-    return {"answer": found.text, "start": found.start, "end": found.end, "score": round(found.score, 6)}
+    cells = (found.text, found.start, found.end, round(found.score, 6))
+    return dict(zip(_ANSWERS["answer"], cells, strict=True))
 
 
 def _rounded(values: Iterable[float]) -> list[float]:
     return [round(value, 6) for value in values]
 
 
-_ANSWERS = {  # verb: the columns of its answer, besides those of labels
+_ANSWERS = {  # verb: the columns of its answer, besides those of labels; the true ones may lie beside
     "classify": ("probabilities", "truncated"),
-    "rate": ("value", "truncated"),
-    "tag": ("words", "tags", "scores", "spans"),
-    "answer": ("answer", "start", "end", "score"),
+    "rate": ("predicted_value", "truncated"),
+    "tag": ("predicted_words", "predicted_tags", "predicted_scores", "predicted_spans"),
+    "answer": ("predicted_answer", "answer_start", "answer_end", "answer_score"),
 }
 Ask = Callable[[TaskBundle, Iterator[Any], int], Iterator[Any]]
 _KINDS: dict[str, tuple[Callable[[str, Row, Columns], Any], Ask, Callable[[TaskBundle, Any], Row]]] = {

@@ -171,7 +171,8 @@ def _named(task: str, row: dict[str, Any], renamed: dict[str, str], place: str, 
             columns[field] = column if column in row else field
         elif labelled or field not in ANSWERS[task]:
             problem = f"no column {column!r}, which data.columns names for {field!r}"
-            raise DataError(f"{place}: {problem}", got=list(row), fix="Correct data.columns: {expected: actual}")
+            fix = "Correct data.columns (predict: --column): {expected: actual}"
+            raise DataError(f"{place}: {problem}", got=list(row), fix=fix)
     return columns
 
 
@@ -211,7 +212,7 @@ def _only(field: str, found: list[str], usual: Iterable[str], row: dict[str, Any
             f"{place}: no column for {field!r}",
             got=list(row),
             allowed=", ".join(usual),
-            fix=f"Name the column with data.columns, for example {{{field}: {next(iter(row), 'actual')}}}",
+            fix=f"Name it with data.columns (predict: --column), for example {{{field}: {next(iter(row), 'actual')}}}",
         )
     return found[0]
 
@@ -220,5 +221,5 @@ def _several(field: str, found: list[str], row: dict[str, Any], place: str) -> D
     return DataError(
         f"{place}: several columns for {field!r}: {', '.join(found)}",
         got=list(row),
-        fix=f"Name the one that is meant with data.columns, for example {{{field}: {found[0]}}}",
+        fix=f"Name the one meant with data.columns (predict: --column), for example {{{field}: {found[0]}}}",
     )

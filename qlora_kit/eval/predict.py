@@ -52,6 +52,7 @@ def predict(
     batch_size: int | None = None,
     bad_rows: Literal["error", "skip"] = "error",
     overlong: Overlong | None = None,
+    columns: dict[str, str] | None = None,
     overwrite: bool = False,
 ) -> Predicted:
     """Answers every row of `input_path` and writes it with its own columns to `output`, in the input's order.
@@ -68,6 +69,7 @@ def predict(
             stopped at such a row.
         overlong: of a row that is longer than the recipe's data.max_seq_len; None cuts it where the recipe does, and
             otherwise takes it as a bad row.
+        columns: {expected: actual}, of this input; before what the recipe's data.columns says.
         overwrite: begin again.
 
     Raises:
@@ -81,8 +83,14 @@ def predict(
         raise EvalError(f"{output} is the input", fix="Give another --output")
     too_long = overlong or _as_trained(run.recipe(), bad_rows)
     leaves_out: dict[str, str] = {"bad_rows": bad_rows, "overlong": too_long}
-    made_by = {"input": fingerprint(source), "run": _trained(run), "form": form, **leaves_out}
-    predictor = predictor_of(run, form, source, batch_size, too_long)
+    made_by = {
+        "input": fingerprint(source),
+        "run": _trained(run),
+        "form": form,
+        "columns": columns or None,
+        **leaves_out,
+    }
+    predictor = predictor_of(run, form, source, batch_size, too_long, columns or {})
     done, group_rows = Predicted(), BATCHES_AT_ONCE * (batch_size or run.recipe().eval.batch_size)
     # What stopped before its first bad row has left nothing out, and cut nothing.
     stopped = {name: "error" for name, asked in leaves_out.items() if asked != "error"}

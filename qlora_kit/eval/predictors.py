@@ -49,18 +49,22 @@ class Predictor(Protocol):
         ...
 
 
-def predictor_of(run: RunFolder, form: str, source: DataSource, batch_size: int | None, overlong: str) -> Predictor:
+def predictor_of(
+    run: RunFolder, form: str, source: DataSource, batch_size: int | None, overlong: str, columns: dict[str, str]
+) -> Predictor:
     """Loads a form of the run.
 
     Args:
         overlong: truncate, to cut texts that are longer than the recipe's data.max_seq_len.
+        columns: {expected: actual} of the source, before what the recipe says.
 
     Raises:
         EvalError: the run has no such form, or it generates and prompts should be cut.
         RunError: the run is not finished.
     """
     recipe, task = run.recipe(), run_task(run)
-    section = recipe.data.model_copy(update={"streaming": False, "overlong": overlong})
+    named = recipe.data.columns | columns
+    section = recipe.data.model_copy(update={"streaming": False, "overlong": overlong, "columns": named})
     tokenizer = load_run_tokenizer(run)
     if form == "tuned" and not run.adapter.is_dir():
         raise RunError(f"{run.path} holds no adapter yet", fix=f"Finish it: qlora-kit train --resume {run.path}")

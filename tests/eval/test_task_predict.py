@@ -68,6 +68,27 @@ def test_every_row_is_answered_as_plain_transformers_does(label_run: RunFolder, 
         assert float(row["probability"]) == pytest.approx(float(probabilities.max()), abs=2e-6)
 
 
+def test_columns_of_other_names(
+    label_run: RunFolder, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, output = tmp_path / "other.csv", tmp_path / "out.csv"
+    other.write_text(texts.read_text(encoding="utf-8").replace("id,text", "id,said", 1), encoding="utf-8")
+    command = ["predict", str(label_run.path), f"--input={other}", f"--output={output}"]
+    assert main(command) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no column for 'text'" in said and "data.columns (predict: --column), for example {text: id}" in said
+    assert main([*command, "--column", "text=said"]) == 0
+    predict(label_run, str(texts), tmp_path / "usual.csv", QUIET)
+    answers = [[row["predicted_label"] for row in rows_in(path)] for path in (output, tmp_path / "usual.csv")]
+    assert answers[0] == answers[1]
+    assert list(rows_in(output)[0])[:2] == ["id", "said"], "the input's own names stay"
+    assert main([*command, "--column", "text=id"]) == 2, "an output of other columns is not gone on with"
+    assert "belongs to another columns" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
+        main([*command, "--column", "text"])
+    assert "expected EXPECTED=ACTUAL, such as text=review, got 'text'" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("ending", [".csv", ".jsonl"])
 def test_a_killed_call_goes_on_to_the_same_bytes(
     label_run: RunFolder, texts: Path, tmp_path: Path, ending: str

@@ -36,7 +36,7 @@ def test_classify_one_text_and_one_pair(capsys, task_bundle):
     bundle = task_bundle("bert classifies")
     code, out, err = run(capsys, "classify", bundle.directory, "--text", TEXTS[0], "--threads", 1)
     (row,), (expected,) = read_lines(out), bundle.classify([TEXTS[0]])
-    assert (code, err) == (0, "") and row["text"] == TEXTS[0] and row["label"] == expected.labels[0]
+    assert (code, err) == (0, "") and row["text"] == TEXTS[0] and row["predicted_label"] == expected.labels[0]
     assert list(row["probabilities"]) == list(LABELS) and row["truncated"] is False
     np.testing.assert_allclose(list(row["probabilities"].values()), expected.probabilities, atol=1e-6)
     first, second = TEXTS[2]
@@ -56,7 +56,7 @@ def test_classify_a_csv_file_into_another(capsys, task_bundle, tmp_path):
         rows = list(csv.DictReader(file))
     assert [(row["id"], row["review"]) for row in rows] == [(str(k), text) for k, text in enumerate(texts)]
     for row, expected in zip(rows, bundle.classify(texts), strict=True):
-        assert tuple(json.loads(row["labels"])) == expected.labels
+        assert tuple(json.loads(row["predicted_labels"])) == expected.labels
 
 
 def test_a_reader_that_leaves_is_told_nothing(task_bundle, tmp_path):
@@ -74,7 +74,7 @@ def test_rate_a_file(capsys, task_bundle, tmp_path):
     bundle = task_bundle("llama rates")
     _, out, _ = run(capsys, "rate", bundle.directory, "--input", path)
     expected = [result.value for result in bundle.rate(row["text"] for row in texts)]
-    assert [row["value"] for row in read_lines(out)] == pytest.approx(expected)
+    assert [row["predicted_value"] for row in read_lines(out)] == pytest.approx(expected)
 
 
 def test_tag_words_and_raw_text(capsys, task_bundle, tmp_path):
@@ -83,11 +83,11 @@ def test_tag_words_and_raw_text(capsys, task_bundle, tmp_path):
     _, out, _ = run(capsys, "tag", bundle.directory, "--input", path)
     rows = read_lines(out)
     for row, expected in zip(rows, bundle.tag([SENTENCES[0], "the road, the sky"]), strict=True):
-        assert row["tags"] == list(expected.tags)
-        assert [span["text"] for span in row["spans"]] == [span.text for span in expected.spans]
-    assert rows[0]["id"] == 7 and rows[1]["words"] == ["the", "road", ",", "the", "sky"]
+        assert row["predicted_tags"] == list(expected.tags)
+        assert [span["text"] for span in row["predicted_spans"]] == [span.text for span in expected.spans]
+    assert rows[0]["id"] == 7 and rows[1]["predicted_words"] == ["the", "road", ",", "the", "sky"]
     _, out, _ = run(capsys, "tag", bundle.directory, "--text", "the road, the sky")
-    assert read_lines(out)[0]["tags"] == rows[1]["tags"]
+    assert read_lines(out)[0]["predicted_tags"] == rows[1]["predicted_tags"]
 
 
 def test_answer_a_question_and_a_file(capsys, task_bundle, tmp_path):
@@ -97,10 +97,11 @@ def test_answer_a_question_and_a_file(capsys, task_bundle, tmp_path):
     _, out, _ = run(capsys, "answer", bundle.directory, "--input", path)
     answers = read_lines(out)
     for row, answer, expected in zip(rows, answers, bundle.answer(QUESTIONS), strict=True):
-        assert answer["answer"] == row["context"][answer["start"] : answer["end"]] == expected.text
-        assert answer["score"] == pytest.approx(expected.score, abs=1e-6)
+        assert answer["predicted_answer"] == expected.text
+        assert row["context"][answer["answer_start"] : answer["answer_end"]] == expected.text
+        assert answer["answer_score"] == pytest.approx(expected.score, abs=1e-6)
     _, out, _ = run(capsys, "answer", bundle.directory, "--question", QUESTIONS[0][0], "--context", CONTEXT)
-    assert read_lines(out)[0]["answer"] == answers[0]["answer"]
+    assert read_lines(out)[0]["predicted_answer"] == answers[0]["predicted_answer"]
 
 
 @pytest.mark.parametrize(

@@ -29,17 +29,22 @@ def refused(capsys, bundle, verb, path, output, *options):
 @pytest.mark.parametrize(
     ("bundle", "verb", "row", "taken"),
     [
-        ("bert classifies", "classify", {"text": "a", "label": "mine"}, "['label']"),
+        ("bert classifies", "classify", {"text": "a", "predicted_label": "mine"}, "['predicted_label']"),
         (
             "bert classifies",
             "classify",
             {"text": "a", "truncated": 1, "probability": 2},
             "['probability', 'truncated']",
         ),
-        ("distilbert gives several labels", "classify", {"text": "a", "labels": []}, "['labels']"),
-        ("llama rates", "rate", {"text": "a", "value": 3}, "['value']"),
-        ("bert tags", "tag", {"words": ["a"], "tags": ["O"]}, "['tags']"),
-        ("bert answers", "answer", {"question": "a", "context": "b", "start": 1, "score": 2}, "['start', 'score']"),
+        ("distilbert gives several labels", "classify", {"text": "a", "predicted_labels": []}, "['predicted_labels']"),
+        ("llama rates", "rate", {"text": "a", "predicted_value": 3}, "['predicted_value']"),
+        ("bert tags", "tag", {"words": ["a"], "predicted_tags": ["O"]}, "['predicted_tags']"),
+        (
+            "bert answers",
+            "answer",
+            {"question": "a", "context": "b", "answer_start": 1, "answer_score": 2},
+            "['answer_start', 'answer_score']",
+        ),
     ],
 )
 def test_a_rows_own_columns_are_not_overwritten(capsys, task_bundle, tmp_path, bundle, verb, row, taken):
@@ -48,10 +53,22 @@ def test_a_rows_own_columns_are_not_overwritten(capsys, task_bundle, tmp_path, b
     assert f"in.jsonl, line 1: the answer's columns {taken} are there already. Rename them in the input." in err
 
 
-def test_words_under_another_name_leave_words_alone(capsys, task_bundle, tmp_path):
-    path = write_lines(tmp_path / "in.jsonl", [{"tokens": ["a"], "words": 3}])
-    err = refused(capsys, task_bundle("bert tags"), "tag", path, tmp_path / "out.jsonl", "--column", "words=tokens")
-    assert "the answer's columns ['words'] are there already" in err
+@pytest.mark.parametrize(
+    ("bundle", "verb", "row"),
+    [
+        ("bert classifies", "classify", {"text": "a", "label": "mine"}),
+        ("llama rates", "rate", {"text": "a", "value": 3}),
+        ("bert tags", "tag", {"tokens": ["a"], "words": 3, "tags": ["O"]}),
+        ("bert answers", "answer", {"question": "a", "context": "b", "answers": [], "start": 1}),
+    ],
+)
+def test_the_true_answers_stay_beside_the_predicted_ones(capsys, task_bundle, tmp_path, bundle, verb, row):
+    path, output = write_lines(tmp_path / "in.jsonl", [row]), tmp_path / "out.jsonl"
+    more = ["--column", "words=tokens"] if "tokens" in row else []
+    code, _, err = run(capsys, verb, task_bundle(bundle).directory, "--input", path, "--output", output, *more)
+    (told,) = read_lines(output.read_text(encoding="utf-8"))
+    assert (code, err) == (0, "")
+    assert {name: told[name] for name in row} == row and len(told) > len(row)
 
 
 def test_the_output_is_not_the_input(capsys, task_bundle, tmp_path):
@@ -132,7 +149,9 @@ def test_tsv_without_quoting_there_and_back(capsys, task_bundle, tmp_path):
     rows, texts = [row for _, row in read_rows(output)], ['"Bad start', "great", 'so he said: bye"']
     assert [row["text"] for row in rows] == texts and [row["kind"] for row in rows] == ["neg", "pos", "neg"]
     for row, expected in zip(rows, bundle.classify(texts), strict=True):
-        assert row["label"] == expected.labels[0] and list(json.loads(row["probabilities"])) == list(bundle.task.labels)
+        assert row["predicted_label"] == expected.labels[0] and list(json.loads(row["probabilities"])) == list(
+            bundle.task.labels
+        )
 
 
 def test_tsv_with_quoting(tmp_path):

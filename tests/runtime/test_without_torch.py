@@ -89,7 +89,7 @@ def test_it_classifies_there(bare_python, task_bundle, tmp_path):
     result = run_bare(bare_python, "-m", "qlora_runtime.cli", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (expected,) = bundle.classify(["The bridge"])
-    assert json.loads(result.stdout)["label"] == expected.labels[0]
+    assert json.loads(result.stdout)["predicted_label"] == expected.labels[0]
 
 
 def test_it_verifies_there(bare_python, pristine_bundle, tmp_path):

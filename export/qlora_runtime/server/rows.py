@@ -40,7 +40,7 @@ async def answer_request(bundle: TaskBundle, body: JsonObject, turn: Turn) -> li
         answered = answer_rows(bundle, verb, batch, {}, BATCH_SIZE)
         found: list[JsonObject] = await turn.run(partial(list, answered))
         answers += [
-            {name: value for name, value in answer.items() if name not in row or name == "words"}
+            {name: value for name, value in answer.items() if name not in row}
             for answer, (_, row) in zip(found, batch, strict=True)
         ]
     return answers
