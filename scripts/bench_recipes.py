@@ -68,7 +68,8 @@ def _report(options: argparse.Namespace, found: dict[str, Any], env: dict[str, A
     rows = []
     for name, result in found.items():
         for form, scores in result["forms"].items():
-            shown = [f"{key} {_words(scores[key])}" for key in SHOWN if scores.get(key)]
+            known = [key for key in SHOWN if scores.get(key) and not (key == "exact_match" and "bleu" in scores)]
+            shown = [f"{key} {_words(scores[key])}" for key in known]
             rows.append(
                 f"| {name} | {form} | {result['steps'] if form == 'tuned' else ''} | {scores['rows']} "
                 f"| {_words(scores['loss'])} | {', '.join(shown)} |"

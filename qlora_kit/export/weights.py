@@ -157,7 +157,8 @@ class DecoderGraph:
         return embedding_nodes(node, self.weights.read(table.rows[0]), data)
 
     def _array(self, parameter: Parameter) -> np.ndarray:
-        weight = torch.cat([self.weights.read(rows) for rows in parameter.rows])
+        parts = [self.weights.read(rows) for rows in parameter.rows]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         array: np.ndarray = (weight.T if parameter.transposed else weight).numpy()
         return array
 
