@@ -30,7 +30,7 @@ LAYERS = {  # part of qlora_kit: the parts it may import, besides itself, errors
     "options_adapters": set(),
     "adapter_tools": {"adapters", "model", "train", "report"},
     "report": {"train", "recipe", "recipe_file", "eval"},
-    "export": {"recipe", "adapters", "model", "data", "task_settings", "tasks", "train", "generate"},
+    "export": {"recipe", "adapters", "model", "data", "task_settings", "tasks", "train", "generate", "plan"},
     "eval": {"recipe", "model", "data", "task_settings", "tasks", "train", "export", "generate"},
     "cli": {
         "options",

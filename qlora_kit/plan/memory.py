@@ -13,6 +13,7 @@ from typing import Any
 from qlora_kit.adapters.settings import AdapterSettings, LoraSettings
 from qlora_kit.errors import AdapterError
 from qlora_kit.plan.base import Component, base_parts, loading_parts, teacher_parts
+from qlora_kit.plan.export import export_parts
 from qlora_kit.plan.host import host_parts
 from qlora_kit.plan.moments import Moment, moments
 from qlora_kit.plan.shapes import Linear, ModelShapes, model_shapes
@@ -44,6 +45,7 @@ class Plan:
         moments: what is held at each moment at which most is, part by part.
         loading: what is there at once before the first step, where the base is loaded whole; none of it stays.
         host: what a run on a GPU keeps in the host's memory instead of there.
+        export: what the export of the recipe's profiles takes on disk, at most.
         flops_per_token: floating-point operations of a training step for each token of it.
     """
 
@@ -58,6 +60,7 @@ class Plan:
     moments: list[Moment]
     loading: list[Component]
     host: list[Component]
+    export: list[Component]
     flops_per_token: float
 
     @property
@@ -100,13 +103,18 @@ class Plan:
         return sum(part.bytes for part in self.host if not part.mapped)
 
     @property
+    def export_bytes(self) -> int:
+        """On disk, at most."""
+        return sum(part.bytes for part in self.export)
+
+    @property
     def total_bytes(self) -> int:
         """Of training, or of loading where that takes more."""
         return max(self.training_bytes, self.loading_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`, totals included."""
-        totals = ("exact", "mapped", "in_use", "training", "loading", "host", "total")
+        totals = ("exact", "mapped", "in_use", "training", "loading", "host", "export", "total")
         return asdict(self) | {f"{name}_bytes": getattr(self, f"{name}_bytes") for name in totals}
 
 
@@ -173,6 +181,7 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda", stored
         moments=moments(recipe, config["model_type"], shapes, targets, components, largest, device),
         loading=list(loading_parts(parameters, targets, recipe)),
         host=list(host_parts(recipe, shapes, device, stored == recipe.base.compute_dtype)),
+        export=list(export_parts(shapes, recipe, weights)),
         flops_per_token=flops_per_token(shapes, weights, recipe),
     )
 

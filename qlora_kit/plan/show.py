@@ -51,6 +51,7 @@ def print_plan(plan: Plan, console: Console, found_here: bool = False, flops_per
     for part in plan.host:
         mapped = ", mapped to the checkpoint's files" if part.mapped else ""
         table.add_row(f"{part.name}, on the host", format_bytes(part.bytes), part.note + mapped)
+    _add_export(table, plan)
     console.print(table)
     _print_bar(plan.highest, console)
     console.print(_speed(plan, flops_per_s), highlight=False)
@@ -78,6 +79,14 @@ def _add_loading(table: Table, plan: Plan) -> None:
     if plan.loading:
         table.add_row("loading", format_bytes(plan.loading_bytes), "before the first step; none stays", style="bold")
     table.add_section()
+
+
+def _add_export(table: Table, plan: Plan) -> None:
+    table.add_section()
+    for part in plan.export:
+        table.add_row(f"{part.name}, on disk", format_bytes(part.bytes), part.note)
+    if plan.export:
+        table.add_row("export", format_bytes(plan.export_bytes), "of disk, at most", style="bold")
 
 
 def _print_bar(moment: Moment, console: Console) -> None:

@@ -12,10 +12,16 @@ import pytest
 from rich.console import Console
 from tiny_run import changed_copy
 
+from qlora_kit.adapters.methods import METHODS
 from qlora_kit.data.masking import Encoded
 from qlora_kit.errors import ExportError
 from qlora_kit.export.disk import needed_bytes, require_room
+from qlora_kit.export.forms import BITS_8, BUDGET, forms_of
+from qlora_kit.export.nbits import BLOCK_SIZE
 from qlora_kit.export.run import export_run
+from qlora_kit.export.verify import PROFILES
+from qlora_kit.plan import plan_recipe
+from qlora_kit.plan.export import CANNOT_MERGE, CODE_BLOCK, CODED_VOCABULARY, LINEAR_BITS
 from qlora_kit.train.restore import load_tuned
 from qlora_kit.train.run_folder import RunFolder
 
@@ -50,3 +56,15 @@ def test_the_count_covers_what_is_written(exported_run: Path, tmp_path: Path, pr
     row, vocab = np.arange(3), 320
     needed = needed_bytes(load_tuned(RunFolder(run)), profiles, [(Encoded(row, row, 0, 0), "held_out")])
     assert written <= needed - 3 * vocab * 4 < 1.6 * written
+    recipe = RunFolder(run).recipe()
+    export = recipe.export.model_copy(update={"profiles": profiles, "verify_prompts": 2})
+    planned = plan_recipe(recipe.model_copy(update={"export": export}), "cpu")
+    tokens = 2 * recipe.data.max_seq_len
+    assert planned.export_bytes == needed + (tokens - 3) * vocab * 4, "told before anything is loaded"
+
+
+def test_the_plans_constants_are_those_of_the_profiles() -> None:
+    coded = {name for name in PROFILES if forms_of(name, {}, {}).embeds_codes}
+    assert (set(CODED_VOCABULARY), CODE_BLOCK) == (coded, BLOCK_SIZE) and set(LINEAR_BITS) == set(PROFILES)
+    assert (LINEAR_BITS["int8"], LINEAR_BITS["int4"]) == (BITS_8, BUDGET)
+    assert set(CANNOT_MERGE) == {name for name in METHODS if METHODS[name].cannot_merge}
