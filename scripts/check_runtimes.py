@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_runs import RESULTS, hardware_line, this_machine, write
+from by_genai import greedy_by_genai
 from qlora_runtime import Bundle, Sampling
 from qlora_runtime.generate import generate
 
@@ -49,25 +50,13 @@ def _compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         chat = [{"role": "user", "content": prompt}]
         ours = generate(bundle, chat, Sampling(max_new_tokens=options.tokens))
         tokens += len(ours.token_ids)
-        same["onnxruntime-genai"] += _genai(folder, bundle.encode_prompt(chat), options.tokens) == ours.token_ids
+        same["onnxruntime-genai"] += (
+            greedy_by_genai(folder, bundle.encode_prompt(chat), options.tokens) == ours.token_ids
+        )
         if options.node:
             same["transformers.js"] += _node(options.node, folder, prompt, options.tokens) == ours.text.strip()
     counts: dict[str, int | None] = {**same} if options.node else {**same, "transformers.js": None}
     return {"model": bundle.manifest.provenance.base.get("model"), "tokens": tokens, "same": counts}
-
-
-def _genai(folder: Path, prompt: list[int], tokens: int) -> list[int]:
-    import onnxruntime_genai as genai
-
-    model = genai.Model(str(folder))
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + tokens, do_sample=False)
-    generator = genai.Generator(model, parameters)
-    generator.append_tokens(prompt)
-    while not generator.is_done():
-        generator.generate_next_token()
-    answer: list[int] = generator.get_sequence(0).tolist()[len(prompt) :]
-    return answer
 
 
 def _node(node: Path, folder: Path, prompt: str, tokens: int) -> str:

@@ -13,7 +13,7 @@ from qlora_kit.adapters.layer import AdaptedLayer, linear_shape
 from qlora_kit.errors import ExportError
 from qlora_kit.export.calibration import linear_layers
 from qlora_kit.export.rows import ProofRow
-from qlora_kit.plan.export import export_bytes
+from qlora_kit.plan.export import export_parts
 from qlora_kit.train.run_folder import RunFolder
 
 SAID_FROM = 1 << 30
@@ -38,7 +38,8 @@ def needed_bytes(model: PreTrainedModel, profiles: Sequence[str], rows: Sequence
     )
     vocab, width = (getattr(config, name, 0) for name in ("vocab_size", "hidden_size"))
     tokens = sum(len(row.input_ids) for row, _ in rows)
-    return export_bytes(linear, vocab, width, adapter, profiles, tokens, may_code=bool(rows))
+    parts = export_parts(linear, vocab, width, adapter, profiles, tokens, may_code=bool(rows))
+    return sum(part.bytes for part in parts)
 
 
 def require_room(run: RunFolder, needed: int, console: Console) -> None:

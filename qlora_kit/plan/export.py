@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from qlora_kit.plan.base import Component
 from qlora_kit.plan.shapes import ModelShapes
@@ -19,25 +19,27 @@ CANNOT_MERGE = ("bottleneck", "prompt_tuning")
 """Methods without a merged model."""
 
 
-def export_parts(shapes: ModelShapes, recipe: Recipe, adapter: int) -> Iterable[Component]:
-    """Merged folder, bundles, and the trained model's answers that they are held to; `adapter`: its weights."""
+def planned_export(shapes: ModelShapes, recipe: Recipe, adapter: int) -> list[Component]:
+    """Of a recipe whose rows of the proof are all as long as may be; `adapter`: its weights."""
     if recipe.adapter.method in CANNOT_MERGE:
-        return
+        return []
     linear = sum(layer.weights for layer in shapes.linears)
-    others = 2 * shapes.vocab * shapes.hidden
-    merged = "fp32" if recipe.export.merged else "fp32; removed at the end"
-    yield Component("merged model", merged_bytes(linear, others), False, merged)
-    for profile in recipe.export.profiles:
-        size = bundle_bytes(profile, linear, others, adapter, coded=shapes.hidden % CODE_BLOCK == 0)
-        yield Component(f"bundle {profile}", size, False, f"{LINEAR_BITS[profile]:g} bits a linear weight")
     tokens = recipe.export.verify_prompts * recipe.data.max_seq_len
-    yield Component("answers for the proof", answers_bytes(tokens, shapes.vocab), False, "removed at the end")
+    merged = "fp32" if recipe.export.merged else "fp32; removed at the end"
+    return export_parts(linear, shapes.vocab, shapes.hidden, adapter, recipe.export.profiles, tokens, merged=merged)
 
 
-def export_bytes(
-    linear: int, vocab: int, width: int, adapter: int, profiles: Sequence[str], tokens: int, may_code: bool = True
-) -> int:
-    """All of it at most.
+def export_parts(
+    linear: int,
+    vocab: int,
+    width: int,
+    adapter: int,
+    profiles: Sequence[str],
+    tokens: int,
+    may_code: bool = True,
+    merged: str = "fp32",
+) -> list[Component]:
+    """Merged folder, bundles, and the trained model's answers that they are held to, at most.
 
     Args:
         linear: weights of linear layers but the head. Embedding and head, `vocab` times `width` each, are counted
@@ -45,24 +47,13 @@ def export_bytes(
         adapter: its weights.
         tokens: of the rows of the proof.
         may_code: whether the vocabulary's matrices may be codes; in tasks that do not generate they are not.
+        merged: what is said of the merged folder.
     """
-    others, coded = 2 * vocab * width, may_code and width % CODE_BLOCK == 0
-    bundles = sum(bundle_bytes(profile, linear, others, adapter, coded) for profile in profiles)
-    return merged_bytes(linear, others) + bundles + answers_bytes(tokens, vocab)
-
-
-def merged_bytes(linear: int, others: int) -> int:
-    """fp32."""
-    return 4 * (linear + others)
-
-
-def bundle_bytes(profile: str, linear: int, others: int, adapter: int, coded: bool) -> int:
-    """Of one profile; `coded`: its vocabulary's matrices are codes where the profile has them so."""
-    bits = LINEAR_BITS["int8"] if coded and profile in CODED_VOCABULARY else 32
-    beside = 4 * adapter if profile in BESIDE_CODES else 0
-    return int(linear * LINEAR_BITS[profile] + others * bits) // 8 + beside
-
-
-def answers_bytes(tokens: int, vocab: int) -> int:
-    """Logits in fp32, kept until the last bundle is proven."""
-    return 4 * tokens * vocab
+    others, may_code = 2 * vocab * width, may_code and width % CODE_BLOCK == 0
+    parts = [Component("merged model", 4 * (linear + others), False, merged)]
+    for profile in profiles:
+        bits = LINEAR_BITS["int8"] if may_code and profile in CODED_VOCABULARY else 32
+        beside = 4 * adapter if profile in BESIDE_CODES else 0
+        size = int(linear * LINEAR_BITS[profile] + others * bits) // 8 + beside
+        parts.append(Component(f"bundle {profile}", size, False, f"{LINEAR_BITS[profile]:g} bits a linear weight"))
+    return [*parts, Component("answers for the proof", 4 * tokens * vocab, False, "removed at the end")]

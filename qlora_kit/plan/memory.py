@@ -13,7 +13,7 @@ from typing import Any
 from qlora_kit.adapters.settings import AdapterSettings, LoraSettings
 from qlora_kit.errors import AdapterError
 from qlora_kit.plan.base import Component, base_parts, loading_parts, teacher_parts
-from qlora_kit.plan.export import export_parts
+from qlora_kit.plan.export import planned_export
 from qlora_kit.plan.host import host_parts
 from qlora_kit.plan.moments import Moment, moments
 from qlora_kit.plan.shapes import Linear, ModelShapes, model_shapes
@@ -181,7 +181,7 @@ def plan(recipe: Recipe, config: dict[str, Any], device: Device = "cuda", stored
         moments=moments(recipe, config["model_type"], shapes, targets, components, largest, device),
         loading=list(loading_parts(parameters, targets, recipe)),
         host=list(host_parts(recipe, shapes, device, stored == recipe.base.compute_dtype)),
-        export=list(export_parts(shapes, recipe, weights)),
+        export=planned_export(shapes, recipe, weights),
         flops_per_token=flops_per_token(shapes, weights, recipe),
     )
 

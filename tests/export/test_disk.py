@@ -15,13 +15,14 @@ from tiny_run import changed_copy
 from qlora_kit.adapters.methods import METHODS
 from qlora_kit.data.masking import Encoded
 from qlora_kit.errors import ExportError
+from qlora_kit.export.codes import CODED_BASES
 from qlora_kit.export.disk import needed_bytes, require_room
 from qlora_kit.export.forms import BITS_8, BUDGET, forms_of
 from qlora_kit.export.nbits import BLOCK_SIZE
 from qlora_kit.export.run import export_run
 from qlora_kit.export.verify import PROFILES
 from qlora_kit.plan import plan_recipe
-from qlora_kit.plan.export import CANNOT_MERGE, CODE_BLOCK, CODED_VOCABULARY, LINEAR_BITS
+from qlora_kit.plan.export import BESIDE_CODES, CANNOT_MERGE, CODE_BLOCK, CODED_VOCABULARY, LINEAR_BITS
 from qlora_kit.train.restore import load_tuned
 from qlora_kit.train.run_folder import RunFolder
 
@@ -66,5 +67,6 @@ def test_the_count_covers_what_is_written(exported_run: Path, tmp_path: Path, pr
 def test_the_plans_constants_are_those_of_the_profiles() -> None:
     coded = {name for name in PROFILES if forms_of(name, {}, {}).embeds_codes}
     assert (set(CODED_VOCABULARY), CODE_BLOCK) == (coded, BLOCK_SIZE) and set(LINEAR_BITS) == set(PROFILES)
+    assert set(BESIDE_CODES) == set(CODED_BASES)
     assert (LINEAR_BITS["int8"], LINEAR_BITS["int4"]) == (BITS_8, BUDGET)
     assert set(CANNOT_MERGE) == {name for name in METHODS if METHODS[name].cannot_merge}
